@@ -1,0 +1,387 @@
+"""Words to config to verb to exit code. Decides nothing; what is heavy is imported inside each branch."""
+
+import difflib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from .errors import Interrupted, UsageError, is_users
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser, Namespace
+
+DONE, OURS, USERS, SOME_FAILED, STOPPED = 0, 1, 2, 3, 130
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command `hilum`: one verb, its words, an exit code."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return DONE if words else USERS
+    if words[0] in ("-V", "--version"):
+        from .report import hilum_version
+
+        print(f"hilum {hilum_version()}")
+        return DONE
+    try:
+        return _run(words[0], words[1:])
+    except (KeyboardInterrupt, Interrupted) as stop:
+        _say(str(stop) or "stopped.")
+        return STOPPED
+    except BrokenPipeError:  # the reader of our output went away (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OURS
+    except Exception as error:
+        if is_users(error):
+            _say(str(error))
+            return USERS
+        _say(f"hilum itself failed ({type(error).__name__}: {error}). Set HILUM_DEBUG=1 to see where, and report it.")
+        if os.environ.get("HILUM_DEBUG"):
+            raise
+        return OURS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One word of the command line."""
+
+    usage: str
+    does: str
+    describe: Callable[["ArgumentParser"], None]
+    """Adds what may be said."""
+    act: Callable[["Namespace"], int]
+    """Calls the function of the same name, prints what it returned."""
+
+
+def _run(name: str, words: list[str]) -> int:
+    if name not in VERBS:
+        close = difflib.get_close_matches(name, list(VERBS), n=1)
+        raise UsageError(f"{name!r} is no verb of hilum{_meant(close)} `hilum --help` lists them all.")
+    parser = _parser(name)
+    try:
+        said = parser.parse_args([_with_underscores(word) for word in words])
+    except SystemExit as stop:  # --help and --print_config answer and leave
+        return int(stop.code or 0)
+    except Exception as error:
+        raise UsageError(_parse_error(error, words, parser)) from None
+    return VERBS[name].act(said)
+
+
+def _parser(name: str) -> "ArgumentParser":
+    from jsonargparse import ArgumentParser, set_parsing_settings
+
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(prog=f"hilum {name}", exit_on_error=False, description=VERBS[name].does)
+    VERBS[name].describe(parser)
+    return parser
+
+
+def _with_underscores(word: str) -> str:
+    """--steps-per-epoch is --steps_per_epoch."""
+    if not word.startswith("--"):
+        return word
+    flag, *rest = word.split("=", 1)
+    return "=".join(["--" + flag[2:].replace("-", "_"), *rest])
+
+
+def _parse_error(error: Exception, words: Sequence[str], parser: "ArgumentParser") -> str:
+    """What argparse says, and the nearest option to every word it does not know."""
+    known = [option for action in parser._actions for option in action.option_strings]
+    text = " ".join(str(error).split())
+    unknown = [word.split("=")[0] for word in words if word.startswith("--")]
+    unknown = [_with_underscores(word) for word in unknown]
+    hints = [_meant(difflib.get_close_matches(w, known, n=1)) for w in unknown if w.split(".")[0] not in known]
+    if "is not accepted" in text:  # a key of a file; the command line spells options with --
+        key = text.split("'")[1]
+        hints += [_meant([c[2:] for c in difflib.get_close_matches(f"--{key}", known, n=1)])]
+    return f"{text}{''.join(hints)} `{parser.prog} --help` lists what may be said."
+
+
+def _meant(close: Sequence[str]) -> str:
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _overview() -> str:
+    lines = ["hilum: from a folder of scans to a tracked, explainable, deployable segmentation model.", ""]
+    lines += [f"  hilum {verb.usage}\n      {verb.does}" for verb in VERBS.values()]
+    lines += [
+        "",
+        "`hilum VERB --help` lists every option; each can also stand in a YAML file given by --config.",
+        "Exit codes: 0 all done, 1 our fault, 2 your input, 3 some cases failed, 130 stopped.",
+    ]
+    return "\n".join(lines)
+
+
+def _options(parser: "ArgumentParser", settings: type) -> None:
+    """Every field of a config as an option and as a key of a YAML file."""
+    plain = {f.name: f for f in fields(settings) if get_type_hints(settings)[f.name] in (bool, tuple[str, ...])}
+    parser.add_argument("--config", action="config", help="A YAML file of the options below; later words win.")
+    parser.add_class_arguments(settings, skip=set(plain))
+    said = _sentences(settings)
+    for name, field in plain.items():
+        if get_type_hints(settings)[name] is bool:
+            parser.add_argument(f"--{name}", action="store_true", help=said[name])
+        else:
+            assert field.default is not MISSING
+            parser.add_argument(f"--{name}", type=_comma_list, default=field.default, help=said[name])
+
+
+def _sentences(settings: type) -> dict[str, str]:
+    from docstring_parser import parse_from_object
+
+    return {one.arg_name: one.description or "" for one in parse_from_object(settings).params}
+
+
+def _comma_list(words: Any) -> tuple[str, ...]:
+    return tuple(words.split(",") if isinstance(words, str) else words)
+
+
+def _decoded(settings: type, said: "Namespace") -> Any:
+    try:
+        return settings(**{field.name: getattr(said, field.name) for field in fields(settings)})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+class Bar:
+    """A line on stderr that tells the truth: it appears after two seconds, its rate is measured, it ends at the end."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+        self.started = self.shown = 0.0
+        self.live = sys.stderr.isatty()
+
+    def __call__(self, stage: str, done: float, of: float, note: str = "") -> None:
+        now = time.monotonic()
+        if stage != self.stage:
+            self.stage, self.started, self.shown, self.at_start = stage, now, now + 1.5, done
+        finished = done >= of
+        if finished and now - self.started < 2:
+            return
+        if not finished and now - self.shown < (0.2 if self.live else 15):
+            return
+        self.shown = now
+        share = min(1.0, done / of) if of else 1.0
+        line = f"{stage:<22} {'█' * int(share * 24):<24} {share:4.0%}  {_left(now - self.started, done - self.at_start, of - done)}  {note}"
+        end = "\n" if finished or not self.live else ""
+        sys.stderr.write(f"\r\033[K{line}{end}" if self.live else f"{line}\n")
+        sys.stderr.flush()
+
+
+def _left(spent: float, done: float, left: float) -> str:
+    if left <= 0:
+        return f"{_clock(spent)} in all "
+    return f"{_clock(spent / done * left)} left   " if done > 0 else " " * 13
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60:2d}:{int(seconds) % 60:02d}"
+
+
+def _say(words: str) -> None:
+    """Words go to stderr, data to stdout."""
+    print(words, file=sys.stderr)
+
+
+def _describe_demo(parser: "ArgumentParser") -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("hilum-demo"), help="A new folder; everything stays inside it."
+    )
+    parser.add_argument("--minutes", type=float, default=1.75, help="How long to train.")
+
+
+def _demo(said: "Namespace") -> int:
+    from .demonstration import demo, where_to_look
+
+    made = demo(said.out, said.minutes, Bar())
+    print(where_to_look(made))
+    return SOME_FAILED if made.batch.failed else DONE
+
+
+def _describe_dataset(parser: "ArgumentParser") -> None:
+    parser.add_argument("dataset", type=Path, help="A Decathlon or nnU-Net folder, images/ + labels/, or a CSV.")
+
+
+def _check(said: "Namespace") -> int:
+    from .planning import check
+
+    found = check(said.dataset, Bar())
+    for finding in found.findings:
+        print(finding)
+    labels = ", ".join(found.labels) or "found by looking"
+    _say(f"{found.name} ({found.layout}): {found.cases} cases, channels {', '.join(found.channels)}, labels {labels}")
+    if found.findings:
+        _say(f"{len(found.findings)} thing(s) do not fit; nothing was changed.")
+        return USERS
+    _say("every case fits.")
+    return DONE
+
+
+def _describe_plan(parser: "ArgumentParser") -> None:
+    _describe_dataset(parser)
+    parser.add_argument("--out", type=Path, required=True, help="The YAML to write.")
+    parser.add_argument("--device", default="auto", help="Plan for cpu, cuda, or auto: a GPU where there is one.")
+
+
+def _plan(said: "Namespace") -> int:
+    from .description import show
+    from .planning import plan
+
+    plan(said.dataset, said.out, said.device, Bar())
+    print(show(said.out))
+    return DONE
+
+
+def _describe_train(parser: "ArgumentParser") -> None:
+    from .config import Train
+
+    _describe_dataset(parser)
+    parser.add_argument("--out", type=Path, required=True, help="The package to make: a new folder.")
+    _options(parser, Train)
+
+
+def _train(said: "Namespace") -> int:
+    from .config import Train
+
+    settings = _decoded(Train, said)
+    from .package import card
+    from .training import train
+
+    package = train(said.dataset, said.out, settings, Bar())
+    print(card(package.record))
+    _say(f"package {said.out}, id {package.id[:12]}, registered as models:/{package.name}@latest")
+    return DONE
+
+
+def _describe_segment(parser: "ArgumentParser") -> None:
+    from .config import Segment
+
+    parser.add_argument("scan", type=Path, nargs="+", help="Files, DICOM series folders, or trees of any mix of them.")
+    parser.add_argument("--package", required=True, help="A package's folder, or models:/NAME@ALIAS.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="A folder per case, summary.csv, summary.json, index.html."
+    )
+    _options(parser, Segment)
+
+
+def _segment(said: "Namespace") -> int:
+    from .config import Segment
+
+    settings = _decoded(Segment, said)
+    from .batch import segment
+
+    batch = segment(said.scan, said.package, said.out, settings, Bar())
+    for row in batch.failed:
+        _say(f"{row.case_id}: {row.message}")
+    _say(f"{batch.told()}; see {said.out / 'index.html'}")
+    return SOME_FAILED if batch.failed else DONE
+
+
+def _describe_evaluate(parser: "ArgumentParser") -> None:
+    parser.add_argument("predictions", type=Path, help="What `segment` wrote, or a folder of label files.")
+    parser.add_argument("references", type=Path, help="A folder of label files of the same names, or a dataset.")
+    parser.add_argument("--out", type=Path, required=True, help="The JSON to write.")
+    parser.add_argument(
+        "--tolerance_mm", type=float, default=1.0, help="How far a surface may lie off and count as right."
+    )
+
+
+def _evaluate(said: "Namespace") -> int:
+    from .evaluation import evaluate, table
+
+    bar = Bar()
+    scores = evaluate(
+        said.predictions, said.references, said.out, tolerance_mm=said.tolerance_mm,
+        progress=lambda done, of: bar("evaluate", done, of),
+    )  # fmt: skip
+    print(table(scores))
+    for case, reason in scores.failed.items():
+        _say(f"{case}: {reason}")
+    for name, cases in (("prediction", scores.unmatched_references), ("reference", scores.unmatched_predictions)):
+        if cases:
+            _say(f"no {name} for {len(cases)} case(s): {', '.join(cases[:5])}{' ...' if len(cases) > 5 else ''}")
+    return SOME_FAILED if scores.failed else DONE
+
+
+def _describe_ui(parser: "ArgumentParser") -> None:
+    parser.add_argument("--tracking_uri", help="The store to show; by default hilum's own.")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="Whoever reaches it can read and delete runs: keep it local."
+    )
+    parser.add_argument("--port", type=int, default=5000, help="A free port.")
+
+
+def _ui(said: "Namespace") -> int:
+    from . import tracking
+
+    uri = said.tracking_uri or tracking.default_uri()
+    _say(f"open {tracking.ui_url(said.host, said.port, tracking.newest_page(uri))} (Ctrl-C stops it)")
+    return tracking.serve(uri, said.host, said.port)
+
+
+def _describe_show(parser: "ArgumentParser") -> None:
+    parser.add_argument("file", type=Path, help="A scan, plan, package or report.")
+
+
+def _show(said: "Namespace") -> int:
+    from .description import show
+
+    print(show(said.file))
+    return DONE
+
+
+VERBS = {
+    "demo": Verb(
+        usage="demo [--out DIR]",
+        does="Everything once, on patients it makes up itself; prints where to look.",
+        describe=_describe_demo,
+        act=_demo,
+    ),
+    "check": Verb(
+        usage="check DATASET",
+        does="Reads every case, says what is wrong; exit code 2 if anything is.",
+        describe=_describe_dataset,
+        act=_check,
+    ),
+    "plan": Verb(
+        usage="plan DATASET --out PLAN.yaml",
+        does="Looks at a dataset and plans for it and for this machine, each number with its reason.",
+        describe=_describe_plan,
+        act=_plan,
+    ),
+    "train": Verb(
+        usage="train DATASET --out PACKAGE [--network NAME] [--fold 0] [--minutes M | --epochs N] [--resume]",
+        does="Trains one fold of a network; tracked in MLflow, packed, registered.",
+        describe=_describe_train,
+        act=_train,
+    ),
+    "segment": Verb(
+        usage="segment SCAN... --package PACKAGE --out DIR [--outputs labels,overlay,measurements,page]",
+        does="Segments every scan found; one bad case never stops the rest, a second run does what is missing.",
+        describe=_describe_segment,
+        act=_segment,
+    ),
+    "evaluate": Verb(
+        usage="evaluate PREDICTIONS REFERENCES --out FILE.json",
+        does="Dice, surface distances and volumes against references, per case and per label.",
+        describe=_describe_evaluate,
+        act=_evaluate,
+    ),
+    "ui": Verb(
+        usage="ui [--tracking_uri URI] [--port 5000]",
+        does="The MLflow UI on the tracking store.",
+        describe=_describe_ui,
+        act=_ui,
+    ),
+    "show": Verb(
+        usage="show FILE",
+        does="A scan, plan, package or report, in words.",
+        describe=_describe_show,
+        act=_show,
+    ),
+}

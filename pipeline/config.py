@@ -1,0 +1,77 @@
+"""What a person may decide, verb by verb: frozen dataclasses, each field with its default and its sentence.
+
+The command line and the files in configs/ are decoded into these by jsonargparse, and not one key more. A field exists
+when it takes a decision off someone; what follows from the data is a rule in preprocessing/plan.py instead.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """A training: one fold of one network."""
+
+    network: str = "residual_unet"
+    """A file of networks/."""
+    network_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that network, e.g. {width: 32}; its own file says which there are."""
+    plan: Path | None = None
+    """A plan to follow instead of making one (`hilum plan` writes them, you may edit them)."""
+    fold: int = 0
+    """Which part of the cases is held out to measure on."""
+    folds: int = 5
+    """How many parts there are."""
+    minutes: float | None = None
+    """Train for so long; the learning rate falls to zero just then."""
+    epochs: int | None = None
+    """Train for so many epochs instead. Without either, 100 epochs."""
+    steps_per_epoch: int | None = None
+    """Steps between two validations; by default one window per case, between 25 and 250 steps."""
+    learning_rate: float = 2e-3
+    """Of AdamW at the start; it warms up over the first steps and falls to zero at the end."""
+    weight_decay: float = 1e-2
+    """Of AdamW."""
+    seed: int = 0
+    """The same seed gives the same windows in the same order, and on a CPU the same weights."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    workers: int | None = None
+    """Processes that cut and augment windows; by default none on a CPU, else one per core."""
+    resume: bool = False
+    """Go on with the unfinished training of this package and fold."""
+    cache: Path | None = None
+    """Where prepared cases are kept; by default a folder in hilum's home."""
+    tracking_uri: str | None = None
+    """Where MLflow keeps runs: a file (sqlite:///…), a server (http://…) or a database; by default hilum's home."""
+    experiment: str | None = None
+    """The MLflow experiment; by default the dataset's name."""
+    model: str | None = None
+    """The name the package is registered under; by default the dataset's name."""
+
+    def __post_init__(self) -> None:
+        if self.minutes is not None and self.epochs is not None:
+            raise ValueError("both minutes and epochs were given; one of them ends a training. Give one.")
+        for name in ("minutes", "epochs", "steps_per_epoch", "learning_rate", "folds"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """A batch of scans through a package."""
+
+    outputs: tuple[str, ...] = ("labels", "overlay", "measurements", "page")
+    """What is written for each case: files of pipeline/outputs/, separated by commas."""
+    output_options: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Settings of single outputs, e.g. {overlay: {window: [40, 400]}}."""
+    overlap: float = 0.5
+    """Share of a window that its neighbour covers, per axis."""
+    flips: bool = False
+    """Average over all eight mirrorings: eight times the time, a little more Dice."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    tracking_uri: str | None = None
+    """Where a package named models:/NAME@ALIAS is fetched from; by default hilum's home."""

@@ -1,0 +1,51 @@
+"""What can go wrong, and whose it is to mend.
+
+    ScanError (ValueError)              preprocessing/volume.py     a scan cannot be used
+    ├── UnreadableScan                                              damaged, no scan, or silent about where it lies
+    ├── GeometryMismatch                                            two volumes that must share a grid do not
+    ├── MissingChannel                                              other channels than were trained on
+    └── DatasetError                    preprocessing/datasets.py   a folder is no dataset, or cases in it do not fit
+    BadRecord (ValueError)              preprocessing/records.py    a plan, package or config says what nobody knows
+    UnknownNetwork (LookupError)        networks/__init__.py        no file of that name in networks/
+    UnknownOutput (LookupError)         pipeline/outputs/           no file of that name in pipeline/outputs/
+    PackageError (RuntimeError)         pipeline/errors.py          a model package cannot be used
+    ├── DamagedPackage                                              a byte is not what it was
+    └── RegistryError                                               no such model, version or alias
+    TrackingError (OSError)             pipeline/tracking.py        the tracking store cannot be used
+    UsageError (ValueError)             pipeline/errors.py          a command line or its files make no sense
+    ├── UnreadableReport                pipeline/report.py          a report is damaged or is none
+    └── NothingToEvaluate               pipeline/evaluation.py      no prediction has a reference
+    Interrupted (Exception)             pipeline/errors.py          stopped from outside; what was done is kept
+
+Every message has three parts: what was met, what was needed, what to do. Exit codes: 0 all done, 1 our fault, 2 the
+user's input, 3 some cases failed, 130 stopped.
+"""
+
+
+class PackageError(RuntimeError):
+    """A model package cannot be used."""
+
+
+class DamagedPackage(PackageError):
+    """A byte of a package is not what it was when it was made."""
+
+
+class RegistryError(PackageError):
+    """The registry has no such model, version or alias."""
+
+
+class UsageError(ValueError):
+    """A command line, or the files it names, make no sense together."""
+
+
+class Interrupted(Exception):
+    """Stopped from outside (Ctrl-C, SIGTERM). What was complete is kept."""
+
+
+def is_users(error: BaseException) -> bool:
+    """Whether the user's input is what must change (exit code 2), by the names in the tree above.
+
+    By name, not by class: importing every floor for its classes would cost a `--help` its speed.
+    """
+    users = {"ScanError", "BadRecord", "UnknownNetwork", "UnknownOutput", "PackageError", "UsageError", "TrackingError"}
+    return any(kind.__name__ in users for kind in type(error).__mro__)

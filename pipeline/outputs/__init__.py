@@ -1,0 +1,29 @@
+"""What we write of a result: one file per output, found by its file's name.
+
+Each has `Config`, a dataclass, and `write(result, folder, config) -> list[Path]`. A new file here is a new output.
+"""
+
+import pkgutil
+from importlib import import_module
+from types import ModuleType
+
+from preprocessing.records import nearest
+
+
+class UnknownOutput(LookupError):
+    """No output has this name."""
+
+
+def available() -> tuple[str, ...]:
+    """The names of all outputs. Nothing is imported."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def load(name: str) -> ModuleType:
+    """The module that writes this output."""
+    names = available()
+    if name not in names:
+        raise UnknownOutput(
+            f"There is no output {name!r}{nearest(name, names)}. Outputs are {', '.join(names)}: choose among these."
+        )
+    return import_module(f".{name}", __name__)

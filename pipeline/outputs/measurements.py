@@ -1,0 +1,138 @@
+"""measurements.json: per label its millilitres, its connected parts, where it lies and how sure the network was."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
+from scipy import ndimage
+
+from preprocessing.plan import Label
+from preprocessing.volume import Geometry
+
+from ..report import Result, as_json, grid, write_whole
+
+FILE_NAME = "measurements.json"
+
+TOUCHING = ndimage.generate_binary_structure(3, 3)
+"""Two voxels are of one part when they share a face, an edge or a corner (26-connectivity)."""
+
+Millimetres = tuple[float, float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Nothing to decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One label of one case. Places are RAS+ millimetres; None where nothing was found."""
+
+    name: str
+    value: int
+    voxels: int
+    volume_ml: float
+    components: int
+    largest_component_ml: float
+    bounding_box_mm: tuple[Millimetres, Millimetres] | None
+    """Lowest and highest x, y, z of the outer faces of its voxels."""
+    centroid_mm: Millimetres | None
+    mean_confidence: float | None
+
+
+def write(result: Result, folder: Path, config: Config) -> list[Path]:
+    """One JSON file, with what its words mean inside it."""
+    path = folder / FILE_NAME
+    write_whole(path, as_json(_document(result, measure(result))))
+    return [path]
+
+
+def measure(result: Result) -> tuple[Measurement, ...]:
+    """Every label of the package, in its order, found or not."""
+    voxels = result.labels.voxels[0]
+    highest = max((label.value for label in result.label_table), default=0)
+    boxes = ndimage.find_objects(voxels, max_label=max(highest, 1))
+    measured = []
+    for label in result.label_table:
+        box = boxes[label.value - 1]
+        confidence = result.confidence.get(label.name)
+        if box is None:
+            measured.append(_absent(label))
+        else:
+            mask = voxels[box] == label.value
+            measured.append(_present(label, mask, [part.start for part in box], result.scan.geometry, confidence))
+    return tuple(measured)
+
+
+def _absent(label: Label) -> Measurement:
+    return Measurement(
+        name=label.name,
+        value=label.value,
+        voxels=0,
+        volume_ml=0.0,
+        components=0,
+        largest_component_ml=0.0,
+        bounding_box_mm=None,
+        centroid_mm=None,
+        mean_confidence=None,
+    )
+
+
+def _present(
+    label: Label, mask: Bool[np.ndarray, "i j k"], start: list[int], geometry: Geometry, confidence: float | None
+) -> Measurement:
+    parts, count = ndimage.label(mask, structure=TOUCHING)
+    voxels = int(mask.sum())
+    return Measurement(
+        name=label.name,
+        value=label.value,
+        voxels=voxels,
+        volume_ml=voxels * geometry.voxel_ml,
+        components=int(count),
+        largest_component_ml=int(np.bincount(parts.ravel())[1:].max()) * geometry.voxel_ml,
+        bounding_box_mm=_bounding_box(mask, start, geometry),
+        centroid_mm=_millimetres(geometry.to_world(_centroid(mask) + start)),
+        mean_confidence=None if confidence is None else float(confidence),
+    )
+
+
+def _bounding_box(
+    mask: Bool[np.ndarray, "i j k"], start: list[int], geometry: Geometry
+) -> tuple[Millimetres, Millimetres]:
+    """A linear function over voxels is least and greatest at the ends of their lines along k: a few points do."""
+    i, j = np.nonzero(mask.any(axis=2))
+    lines = mask[i, j]
+    first, last = lines.argmax(axis=1), mask.shape[2] - 1 - lines[:, ::-1].argmax(axis=1)
+    ends = np.concatenate([np.stack([i, j, first], axis=1), np.stack([i, j, last], axis=1)])
+    points = geometry.to_world(ends + start)
+    half = np.abs(geometry.affine[:3, :3]).sum(axis=1) / 2  # from a voxel's centre to its farthest corner, per axis
+    return _millimetres(points.min(axis=0) - half), _millimetres(points.max(axis=0) + half)
+
+
+def _centroid(mask: Bool[np.ndarray, "i j k"]) -> np.ndarray:
+    along = [mask.sum(axis=tuple(other for other in range(3) if other != axis)) for axis in range(3)]
+    return np.array([np.average(np.arange(len(counts)), weights=counts) for counts in along])
+
+
+def _millimetres(point: np.ndarray) -> Millimetres:
+    x, y, z = (float(value) for value in point)
+    return x, y, z
+
+
+def _document(result: Result, measured: tuple[Measurement, ...]) -> dict[str, Any]:
+    return {
+        "case": result.case_id,
+        "package": {"id": result.package_id, "name": result.package_name},
+        "words": {
+            "volume_ml": "voxels times the volume of one voxel",
+            "components": "parts whose voxels share a face, an edge or a corner",
+            "bounding_box_mm": "lowest and highest x, y, z (RAS+) of the outer faces of its voxels",
+            "centroid_mm": "mean of its voxel centres, RAS+",
+            "mean_confidence": "mean winning probability inside the label as the network gave it; not calibrated",
+            "null": "nothing was found, or the network did not say",
+        },
+        "grid": grid(result.scan.geometry),
+        "labels": {each.name: {k: v for k, v in asdict(each).items() if k != "name"} for each in measured},
+    }

@@ -1,0 +1,196 @@
+"""Result, what was found in one scan; Report, what we say of it; and how either reaches the disk in one piece."""
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from preprocessing.plan import Label
+from preprocessing.records import decode
+from preprocessing.volume import Geometry, GeometryMismatch, Volume
+
+from .errors import UsageError
+
+FILE_NAME = "report.json"
+"""A case is complete when this file lies in its folder: it is written last."""
+
+
+class UnreadableReport(UsageError):
+    """A report file is damaged or is no report."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """What was found: the scan and its labels, both on the scan's own grid."""
+
+    case_id: str
+    scan: Volume
+    """With the channel names of the package."""
+    labels: Volume
+    """One channel of uint8 or uint16; 0 is background."""
+    label_table: tuple[Label, ...]
+    """Without background, in the order of the package."""
+    package_id: str
+    package_name: str
+    confidence: dict[str, float] = field(default_factory=dict)
+    """Mean winning probability inside each label that was found; may be empty."""
+    warnings: tuple[str, ...] = ()
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Per hop, in order."""
+
+    def __post_init__(self) -> None:
+        if not self.scan.geometry.matches(self.labels.geometry):
+            raise GeometryMismatch(
+                f"{self.case_id}: the scan lies on {self.scan.geometry}, its labels on {self.labels.geometry}. "
+                "A result lives on the scan's own grid: undo every step before deciding. "
+                "This is a mistake in the calling code."
+            )
+        assert len(self.labels.channels) == 1 and self.labels.voxels.dtype in (np.uint8, np.uint16)
+        assert len({label.value for label in self.label_table}) == len(self.label_table)
+
+    @cached_property
+    def volumes_ml(self) -> dict[str, float]:
+        """Millilitres of every label of the package, 0 for one that was not found."""
+        voxels = self.labels.voxels[0]
+        values = 1 + max([np.iinfo(voxels.dtype).max, *(label.value for label in self.label_table)])
+        counts = np.zeros(values, dtype=np.int64)
+        for slab in voxels:  # slab by slab: bincount makes eight bytes of every voxel it is given
+            counts += np.bincount(slab.ravel(), minlength=values)
+        return {label.name: int(counts[label.value]) * self.scan.geometry.voxel_ml for label in self.label_table}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What we say of one case: enough to trust it, to find it again, and to know what made it."""
+
+    case_id: str
+    status: str = "done"
+    package_id: str
+    package_name: str
+    hilum_version: str
+    input_sha256: str
+    sources: tuple[str, ...]
+    reader: str
+    repairs: tuple[str, ...]
+    grid: dict[str, Any]
+    volumes_ml: dict[str, float]
+    warnings: tuple[str, ...]
+    seconds: dict[str, float]
+    files: tuple[str, ...]
+    """Names inside the case's folder."""
+    outputs: tuple[str, ...]
+    """Names of the outputs that wrote them."""
+
+    @classmethod
+    def of(cls, result: Result, files: Sequence[str | Path], outputs: Sequence[str]) -> "Report":
+        """What is to be said of a result whose files have been written."""
+        provenance = result.scan.provenance
+        return cls(
+            case_id=result.case_id,
+            package_id=result.package_id,
+            package_name=result.package_name,
+            hilum_version=hilum_version(),
+            input_sha256=provenance.sha256,
+            sources=provenance.sources,
+            reader=provenance.reader,
+            repairs=provenance.repairs,
+            grid=grid(result.scan.geometry),
+            volumes_ml=dict(result.volumes_ml),
+            warnings=result.warnings,
+            seconds=dict(result.seconds),
+            files=tuple(Path(file).name for file in files),
+            outputs=tuple(outputs),
+        )
+
+    def write(self, folder: Path) -> Path:
+        """Writes report.json, in one piece: from then on the case counts as complete."""
+        path = folder / FILE_NAME
+        write_whole(path, as_json(asdict(self)))
+        return path
+
+    @classmethod
+    def read(cls, path: Path) -> "Report":
+        """The report in this file, or in this case's folder."""
+        path = path / FILE_NAME if path.is_dir() else path
+        try:
+            return decode(cls, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+        except ValueError as mistake:  # no text, no JSON, or another record
+            raise UnreadableReport(
+                f"{path} is not a report of hilum ({mistake}); a {FILE_NAME} as `hilum segment` writes it is needed. "
+                "Delete it and segment the case again."
+            ) from mistake
+
+
+def grid(geometry: Geometry) -> dict[str, Any]:
+    """A grid in words that JSON knows."""
+    return {
+        "shape": list(geometry.shape),
+        "spacing_mm": list(geometry.spacing),
+        "orientation": geometry.orientation,
+        "affine": geometry.affine.tolist(),
+    }
+
+
+def millilitres(ml: float) -> str:
+    """Three digits that count, and no exponent: 1180 ml, 23.4 ml, 0.052 ml."""
+    if ml == 0 or ml >= 100:
+        return f"{ml:.0f} ml"
+    decimals = max(0, 2 - int(np.floor(np.log10(ml))))
+    return f"{ml:.{min(decimals, 5)}f} ml"
+
+
+def hilum_version() -> str:
+    """The version that is installed."""
+    try:
+        return metadata.version("hilum")
+    except metadata.PackageNotFoundError:  # run from a checkout that nobody installed
+        return "unknown"
+
+
+def as_json(content: Any) -> str:
+    """JSON a person can read. NaN is no JSON, and hides mistakes."""
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """The file is there with all of its content, or not at all, even when the power fails."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def swap(building: Path, folder: Path) -> None:
+    """Put a finished folder in the place of an older one; at no moment is half of either there under the name."""
+    recover(folder)
+    retired = _retired(folder)
+    if folder.exists():
+        shutil.rmtree(retired, ignore_errors=True)
+        folder.rename(retired)
+        building.rename(folder)
+        shutil.rmtree(retired)
+    else:
+        building.rename(folder)
+
+
+def recover(folder: Path) -> None:
+    """Bring the old folder back when a swap was killed after it stepped aside and before the new one stepped in."""
+    if not folder.exists() and _retired(folder).exists():
+        _retired(folder).rename(folder)
+
+
+def _retired(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.retired")

@@ -1,0 +1,372 @@
+"""Datasets on disk to Cases: Decathlon, nnU-Net, images/ + labels/, CSV; and what is wrong with them."""
+
+import csv
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .files import EXTENSIONS, read, stem
+from .plan import CaseFacts, Fingerprint, Label
+from .records import nearest
+from .steps import Orient, nonzero_box
+from .volume import Case, ScanError, Volume, stack
+
+# Okabe & Ito (2008): told apart by every common kind of colour vision; yellow last, it drowns on bright bone
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
+
+
+class DatasetError(ScanError):
+    """A folder is no dataset, or cases in it do not fit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseFiles:
+    """Where one case lies."""
+
+    id: str
+    images: tuple[Path, ...]
+    """One file of all channels, or one file (or DICOM series folder) per channel, in the dataset's order."""
+    labels: Path | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that is wrong: what was met, and what to do."""
+
+    case: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.problem}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Labelled cases with names for channels and labels. Opening reads descriptions and names, not voxels."""
+
+    name: str
+    layout: str
+    channels: tuple[str, ...]
+    labels: tuple[Label, ...]
+    cases: tuple[CaseFiles, ...]
+    findings: tuple[Finding, ...]
+    """What was wrong before any voxel was read: missing twins, names used twice."""
+
+    def read(self, files: CaseFiles) -> Case:
+        """The case as a value, on one grid, its channels named."""
+        volumes = [read(path) for path in files.images]
+        image = volumes[0] if len(volumes) == 1 else stack(volumes, self.channels)
+        labels = read_labels(files.labels) if files.labels else None
+        return Case(id=files.id, image=image.with_channels(self.channels), labels=labels)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """The dataset at that folder or CSV, whatever its layout; refused when it is none."""
+    if not path.exists():
+        raise DatasetError(f"{path} does not exist; a dataset's folder or CSV is needed. Look at the spelling.")
+    if path.is_file():
+        return _open_csv(path)
+    if (path / "imagesTr").is_dir() or (path / "labelsTr").is_dir():
+        return _open_folders(path, path / "imagesTr", path / "labelsTr", "Decathlon / nnU-Net")
+    if (path / "images").is_dir() or (path / "labels").is_dir():
+        return _open_folders(path, path / "images", path / "labels", "images + labels")
+    raise DatasetError(
+        f"{path.name} holds neither imagesTr + labelsTr nor images + labels; one of these, or a CSV file with the columns "
+        "id, one per channel, labels, is needed. README shows each layout."
+    )
+
+
+def read_labels(path: Path) -> Volume:
+    """A label map as integers; refused when its values are none, or when it has several channels."""
+    volume = read(path)
+    if len(volume.channels) != 1:
+        raise ScanError(
+            f"{path.name} has {len(volume.channels)} channels; a label map has one. Save one number per voxel."
+        )
+    whole = np.round(volume.voxels)
+    if whole.min() < 0 or whole.max() > 65535 or np.abs(volume.voxels - whole).max() > 1e-3:
+        raise ScanError(
+            f"{path.name} holds values that are no labels ({volume.voxels.min():g} to {volume.voxels.max():g}, "
+            "not all whole); whole numbers from 0 up are needed. Export it as a label map, unscaled and uninterpolated."
+        )
+    return volume.with_voxels(whole.astype(np.uint8 if whole.max() < 256 else np.uint16), channels=("labels",))
+
+
+def check(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> tuple[Finding, ...]:
+    """Everything that does not fit, case by case, to the end; nothing when all is well."""
+    findings, _ = _examine_all(dataset, progress)
+    return findings
+
+
+def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> Fingerprint:
+    """What the dataset is, from one pass over it; refused while cases in it do not fit."""
+    findings, examined = _examine_all(dataset, progress)
+    if findings:
+        raise DatasetError(
+            f"{len({f.case for f in findings})} case(s) of {dataset.name} do not fit, the first: {findings[0]} "
+            "All must fit before a plan is made of them. `hilum check` names every one: mend or remove them."
+        )
+    labels = dataset.labels or _found_labels(examined)
+    digest = hashlib.sha256("".join(f"{one.id}{one.sha256}" for one in examined).encode()).hexdigest()
+    names = {label.value: label.name for label in labels}
+    cases = {one.id: replace(one.facts, voxels={names[v]: n for v, n in one.values.items()}) for one in examined}
+    return Fingerprint(name=dataset.name, channels=dataset.channels, labels=labels, cases=cases, dataset=digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Examined:
+    id: str
+    findings: tuple[Finding, ...]
+    facts: CaseFacts
+    values: dict[int, int]
+    sha256: str
+
+
+def _examine_all(
+    dataset: Dataset, progress: Callable[[int, int], None]
+) -> tuple[tuple[Finding, ...], tuple[_Examined, ...]]:
+    findings, examined = list(dataset.findings), []
+    complete = [files for files in dataset.cases if files.labels and files.images]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # inflating gzip lets other threads run
+        for done, one in enumerate(pool.map(lambda files: _examine(dataset, files), complete), start=1):
+            findings += one.findings
+            examined.append(one)
+            progress(done, len(complete))
+    findings += _twins(examined)
+    if not complete and not findings:
+        findings.append(Finding(case=dataset.name, problem="no labelled case was found; at least one is needed."))
+    return tuple(findings), tuple(examined)
+
+
+def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
+    nothing = CaseFacts(shape=(1, 1, 1), spacing_mm=(1.0, 1.0, 1.0), kept=1.0, intensities=(), voxels={})
+    try:
+        case = dataset.read(files)
+    except ScanError as error:
+        return _Examined(
+            id=files.id, findings=(Finding(case=files.id, problem=str(error)),), facts=nothing, values={}, sha256=""
+        )
+    assert case.labels is not None
+    values, counts = np.unique(case.labels.voxels, return_counts=True)
+    found = {int(v): int(n) for v, n in zip(values, counts, strict=True) if v != 0}
+    problems = [*_undeclared(dataset, found), *_constant(case)]
+    return _Examined(
+        id=files.id,
+        findings=tuple(Finding(case=files.id, problem=problem) for problem in problems),
+        facts=_facts(case),
+        values=found,
+        sha256=case.image.provenance.sha256 + case.labels.provenance.sha256,
+    )
+
+
+def _undeclared(dataset: Dataset, found: dict[int, int]) -> Iterator[str]:
+    declared = {label.value for label in dataset.labels}
+    for value in sorted(set(found) - declared if declared else ()):
+        yield (
+            f"{found[value]} voxels carry the label {value}, which dataset.json does not declare; declared are "
+            f"{sorted(declared)}. Declare it or repaint those voxels."
+        )
+
+
+def _constant(case: Case) -> Iterator[str]:
+    for name, voxels in zip(case.image.channels, case.image.voxels, strict=True):
+        if voxels.min() == voxels.max():
+            yield f"every voxel of channel {name} is {voxels.flat[0]:g}; a scan with contrast is needed. Export it again."
+
+
+def _twins(examined: Sequence[_Examined]) -> Iterator[Finding]:
+    seen: dict[str, str] = {}
+    for one in examined:
+        if one.sha256 and one.sha256 in seen:
+            problem = f"is byte for byte the same as {seen[one.sha256]}; a patient in both training and validation flatters. Remove one."
+            yield Finding(case=one.id, problem=problem)
+        seen.setdefault(one.sha256, one.id)
+
+
+def _facts(case: Case) -> CaseFacts:
+    assert case.labels is not None
+    image = Orient().apply(case.image)
+    inside = case.labels.voxels[0] > 0
+    ranks = np.linspace(0, 1, 201)
+    painted = [voxels[inside] if inside.any() else voxels.ravel() for voxels in case.image.voxels]
+    return CaseFacts(
+        shape=image.geometry.shape,
+        spacing_mm=image.geometry.spacing,
+        kept=float(np.prod(nonzero_box(image, margin=2).shape) / np.prod(image.geometry.shape)),
+        intensities=tuple(tuple(float(x) for x in np.quantile(v, ranks)) for v in painted),
+        voxels={},
+    )
+
+
+def _found_labels(examined: Iterable[_Examined]) -> tuple[Label, ...]:
+    values = sorted({value for one in examined for value in one.values})
+    if not values:
+        raise DatasetError(
+            "no voxel of any case carries a label; at least one label is needed. Look at the label files."
+        )
+    return label_table({f"label_{value}": value for value in values})
+
+
+def label_table(values: dict[str, int]) -> tuple[Label, ...]:
+    """Names and values with colours from the palette, background left out."""
+    named = sorted((value, name) for name, value in values.items() if value != 0)
+    return tuple(
+        Label(value=value, name=name, colour=PALETTE[n % len(PALETTE)]) for n, (value, name) in enumerate(named)
+    )
+
+
+def _open_csv(path: Path) -> Dataset:
+    with path.open(newline="") as lines:
+        reader = csv.DictReader(lines)
+        columns = list(reader.fieldnames or ())
+        rows = list(reader)
+    channels = tuple(name for name in columns if name not in ("id", "labels"))
+    if "id" not in columns or "labels" not in columns or not channels:
+        raise DatasetError(
+            f"{path.name} has the columns {columns}; id, labels and one column per channel are needed. Name them so in its first line."
+        )
+    cases, findings = [], []
+    for row in rows:
+        images = tuple(path.parent / row[name] for name in channels)
+        labels = path.parent / row["labels"]
+        missing = [str(p.relative_to(path.parent)) for p in (*images, labels) if not p.exists()]
+        findings += [Finding(case=row["id"], problem=f"{m} does not exist; correct the row.") for m in missing]
+        cases.append(CaseFiles(id=row["id"], images=() if missing else images, labels=labels))
+    findings += _bad_ids([case.id for case in cases])
+    return Dataset(
+        name=path.stem, layout="CSV", channels=channels, labels=(), cases=tuple(cases), findings=tuple(findings)
+    )
+
+
+def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Dataset:
+    described = _described(root)
+    findings = list(described.findings)
+    label_files = {stem(path): path for path in _scans(labels)}
+    grouped = _grouped(_scans(images), set(label_files), described.channels)
+    cases = []
+    for case_id in sorted(set(grouped) | set(label_files)):
+        files = CaseFiles(id=case_id, images=grouped.get(case_id, ()), labels=label_files.get(case_id))
+        findings += _orphan(files, described.channels, images.name, labels.name)
+        cases.append(files)
+    findings += _bad_ids(list(grouped))
+    findings += _promised(described.promised, {case.id for case in cases})
+    channels = described.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
+    return Dataset(
+        name=described.name or root.resolve().name,
+        layout=layout,
+        channels=channels,
+        labels=described.labels,
+        cases=tuple(cases),
+        findings=tuple(findings),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Description:
+    name: str = ""
+    channels: tuple[str, ...] = ()
+    labels: tuple[Label, ...] = ()
+    promised: tuple[str, ...] = ()
+    findings: tuple[Finding, ...] = ()
+
+
+def _described(root: Path) -> _Description:
+    """What dataset.json says, in Decathlon's or nnU-Net's words."""
+    path = root / "dataset.json"
+    if not path.exists():
+        return _Description()
+    try:
+        record = json.loads(path.read_text())
+        channels = record.get("channel_names") or record.get("modality") or {}
+        return _Description(
+            name=str(record.get("name") or ""),
+            channels=tuple(str(channels[key]) for key in sorted(channels, key=int)),
+            labels=_described_labels(record.get("labels", {})),
+            promised=tuple(stem(Path(one["image"])) for one in record.get("training", ()) if isinstance(one, dict)),
+        )
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DatasetError(
+            f"{root.name}/dataset.json cannot be understood ({error}); Decathlon's or nnU-Net's form is needed. README shows both."
+        ) from None
+
+
+def _described_labels(record: dict[str, Any]) -> tuple[Label, ...]:
+    """Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}."""
+    if all(re.fullmatch(r"\d+", key) for key in record):
+        return label_table({str(name): int(value) for value, name in record.items()})
+    for name, value in record.items():
+        if not isinstance(value, int) or name == "ignore":
+            raise DatasetError(
+                f"dataset.json declares {name!r} as {value!r}; one whole number per label is what can be trained today. "
+                "Regions and ignored voxels are not read yet: write plain labels."
+            )
+    return label_table(record)
+
+
+def _scans(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if p.name.endswith(EXTENSIONS) and not p.name.startswith("."))
+
+
+def _grouped(paths: Sequence[Path], labelled: set[str], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
+    """nnU-Net writes case_0000, case_0001, one per channel; elsewhere a file is a case."""
+    numbered: dict[str, dict[int, Path]] = {}
+    whole: dict[str, tuple[Path, ...]] = {}
+    for path in paths:
+        name = stem(path)
+        match = re.fullmatch(r"(.+)_(\d{4})", name)
+        if match and name not in labelled:
+            numbered.setdefault(match[1], {})[int(match[2])] = path
+        else:
+            whole[name] = (path,)
+    return whole | {case: tuple(files[n] for n in sorted(files)) for case, files in numbered.items()}
+
+
+def _channel_count(grouped: dict[str, tuple[Path, ...]]) -> int:
+    """Without a description, the first case says how many channels there are."""
+    for _, paths in sorted(grouped.items()):
+        try:
+            return len(paths) if len(paths) > 1 else len(read(paths[0]).channels)
+        except ScanError:
+            continue
+    return 1
+
+
+def _orphan(files: CaseFiles, channels: tuple[str, ...], images: str, labels: str) -> Iterator[Finding]:
+    if not files.images:
+        yield Finding(
+            case=files.id, problem=f"has labels but no image in {images}; add the image or remove the labels."
+        )
+    elif files.labels is None:
+        yield Finding(
+            case=files.id, problem=f"has an image but no labels in {labels}; add the labels or remove the image."
+        )
+    elif 1 < len(files.images) != len(channels) and channels:
+        problem = f"has {len(files.images)} channel files; dataset.json names {len(channels)}: {', '.join(channels)}. Add what is missing."
+        yield Finding(case=files.id, problem=problem)
+
+
+def _bad_ids(ids: Sequence[str]) -> Iterator[Finding]:
+    for case_id in sorted(set(ids)):
+        if not re.fullmatch(r"[\w.\-]+", case_id) or case_id.startswith("."):
+            yield Finding(case=case_id, problem="is no name for a folder; use letters, digits, '-', '_' and '.' alone.")
+        if ids.count(case_id) > 1:
+            yield Finding(case=case_id, problem=f"is the id of {ids.count(case_id)} cases; each needs its own.")
+
+
+def _promised(promised: Sequence[str], present: set[str]) -> Iterator[Finding]:
+    for case_id in sorted(set(promised) - present):
+        hint = nearest(case_id, sorted(present))
+        yield Finding(
+            case=case_id,
+            problem=f"is listed in dataset.json but lies in no folder{hint} Add it or take it off the list.",
+        )

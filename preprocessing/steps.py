@@ -1,0 +1,235 @@
+"""What is done to a scan before a network sees it; each step can be undone, and the Trail remembers how."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from jaxtyping import Shaped
+
+from .patches import cut
+from .resampling import resample, resample_labels, resized
+from .volume import Geometry, ScanError, Volume
+
+
+def prepare(volume: Volume, steps: Sequence["Step"]) -> tuple[Volume, "Trail"]:
+    """The scan as the network will see it, and the way back. Training and segmentation both come through here."""
+    taken = []
+    for step in steps:
+        before = volume.geometry
+        volume = step.apply(volume)
+        taken.append(Taken(step=step, before=before, after=volume.geometry))
+    return volume, Trail(taken=tuple(taken))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """One step that was taken, with the grid it left and the grid it reached."""
+
+    step: "Step"
+    before: Geometry
+    after: Geometry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trail:
+    """The steps taken, in order."""
+
+    taken: tuple[Taken, ...]
+
+    def follow(self, labels: Volume) -> Volume:
+        """Labels brought along the way their image went, without interpolating between label values."""
+        for one in self.taken:
+            labels = one.step.follow(labels, one.after)
+        return labels
+
+    def undo(self, volume: Volume, outside: float = 0.0) -> Volume:
+        """A map on the prepared grid brought back to the scan's own grid; `outside` fills what was cropped away."""
+        for one in reversed(self.taken):
+            volume = one.step.undo(volume, one.before, outside)
+        return volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orient:
+    """Turn and flip axes, exactly, so that i, j, k run towards the patient's Right, Anterior, Superior."""
+
+    kind: ClassVar[str] = "orient"
+
+    def apply(self, volume: Volume) -> Volume:
+        order = volume.geometry.axis_order()
+        return _turned(volume, [axis for _, axis, _ in order], [sign for _, _, sign in order])
+
+    def follow(self, labels: Volume, after: Geometry) -> Volume:
+        return self.apply(labels)
+
+    def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
+        order = before.axis_order()
+        axes, signs = [0] * 3, [1] * 3
+        for world, axis, sign in order:
+            axes[axis], signs[axis] = world, sign
+        turned = _turned(volume, axes, signs)
+        return turned.with_voxels(turned.voxels, geometry=before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """Cut away the border in which every channel is exactly zero (a stripped skull, a masked field of view)."""
+
+    kind: ClassVar[str] = "crop"
+
+    margin: int = 2
+    """Voxels of zero kept around what is not zero."""
+
+    def apply(self, volume: Volume) -> Volume:
+        return _placed(volume, nonzero_box(volume, self.margin), 0)
+
+    def follow(self, labels: Volume, after: Geometry) -> Volume:
+        return _placed(labels, after, 0)
+
+    def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
+        return _placed(volume, before, outside)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resample:
+    """Bring every scan to voxels of one size, so that the network learns sizes in millimetres."""
+
+    kind: ClassVar[str] = "resample"
+
+    spacing_mm: tuple[float, float, float]
+    """The size of a voxel along the scan's axes in the order the step meets them."""
+
+    def apply(self, volume: Volume) -> Volume:
+        after = resized(volume.geometry, self.shape_of(volume.geometry))
+        return volume.with_voxels(resample(volume.voxels, after.shape, order=3), geometry=after)
+
+    def shape_of(self, geometry: Geometry) -> tuple[int, int, int]:
+        """How many voxels of this size the grid's extent holds, rounded, never none."""
+        extent = np.array(geometry.shape) * np.array(geometry.spacing)
+        i, j, k = np.maximum(1, np.round(extent / np.array(self.spacing_mm))).astype(int)
+        return int(i), int(j), int(k)
+
+    def follow(self, labels: Volume, after: Geometry) -> Volume:
+        return labels.with_voxels(resample_labels(labels.voxels, after.shape), geometry=after)
+
+    def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
+        # linear: probabilities stay between 0 and 1 and still sum to 1
+        return volume.with_voxels(resample(volume.voxels, before.shape, order=1), geometry=before)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """How one channel's intensities are brought to about mean 0 and deviation 1."""
+
+    by: Literal["scan", "dataset"]
+    """`scan`: its own mean and deviation (MR has no unit). `dataset`: fixed numbers (CT means the same everywhere)."""
+    nonzero: bool = False
+    """Used by `scan` alone: measure where the channel is not zero, for scans whose background was stripped."""
+    low: float = 0.0
+    high: float = 0.0
+    mean: float = 0.0
+    deviation: float = 1.0
+    """Used by `dataset` alone: clip to low..high, then subtract the mean and divide by the deviation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Normalise:
+    """Bring intensities to the range the network was trained on; the grid stays as it is."""
+
+    kind: ClassVar[str] = "normalise"
+
+    channels: tuple[Scale, ...]
+    """One rule per channel, in the plan's order."""
+
+    def apply(self, volume: Volume) -> Volume:
+        scaled = [_scaled(voxels, scale) for voxels, scale in zip(volume.voxels, self.channels, strict=True)]
+        return volume.with_voxels(np.stack(scaled))
+
+    def follow(self, labels: Volume, after: Geometry) -> Volume:
+        return labels
+
+    def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
+        return volume
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pad:
+    """Grow a scan that is smaller than a window to the window's size, evenly on both sides."""
+
+    kind: ClassVar[str] = "pad"
+
+    shape: tuple[int, int, int]
+    """The least number of voxels along each axis."""
+
+    def apply(self, volume: Volume) -> Volume:
+        before = np.array(volume.geometry.shape)
+        after = np.maximum(before, self.shape)
+        origin = -((after - before) // 2)
+        return _placed(volume, _window(volume.geometry, origin, after), 0)
+
+    def follow(self, labels: Volume, after: Geometry) -> Volume:
+        return _placed(labels, after, 0)
+
+    def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
+        return _placed(volume, before, outside)
+
+
+Step = Orient | Crop | Resample | Normalise | Pad
+
+
+def nonzero_box(volume: Volume, margin: int) -> Geometry:
+    """The smallest grid around every voxel that is not zero in some channel; all of it where nothing is."""
+    occupied = np.any(volume.voxels != 0, axis=0)
+    if not occupied.any():
+        return volume.geometry
+    first, last = [], []
+    for axis in range(3):
+        along = np.flatnonzero(occupied.any(axis=tuple(other for other in range(3) if other != axis)))
+        first.append(max(0, along[0] - margin))
+        last.append(min(occupied.shape[axis], along[-1] + 1 + margin))
+    return _window(volume.geometry, np.array(first), np.array(last) - np.array(first))
+
+
+def _turned(volume: Volume, axes: Sequence[int], signs: Sequence[int]) -> Volume:
+    """New axis n is old axis axes[n], reversed where signs[n] is negative. A view, no copy."""
+    voxels = volume.voxels.transpose(0, *[axis + 1 for axis in axes])
+    voxels = voxels[(slice(None), *[slice(None, None, sign) for sign in signs])]
+    shape = np.array(volume.geometry.shape)
+    step = np.zeros((4, 4))
+    step[3, 3] = 1
+    for new, (old, sign) in enumerate(zip(axes, signs, strict=True)):
+        step[old, new] = sign
+        step[old, 3] = 0 if sign > 0 else shape[old] - 1
+    geometry = Geometry(shape=voxels.shape[1:], affine=volume.geometry.affine @ step)
+    return volume.with_voxels(voxels, geometry=geometry)
+
+
+def _window(geometry: Geometry, origin: np.ndarray, shape: np.ndarray) -> Geometry:
+    """The grid that starts at voxel `origin` (which may lie outside) and has that shape."""
+    affine = geometry.affine.copy()
+    affine[:3, 3] = geometry.to_world(origin)
+    i, j, k = (int(n) for n in shape)
+    return Geometry(shape=(i, j, k), affine=affine)
+
+
+def _placed(volume: Volume, target: Geometry, outside: float) -> Volume:
+    """The volume on a grid with the same axes, shifted by whole voxels: cropped here, filled with `outside` there."""
+    if target.shape == volume.geometry.shape and target.matches(volume.geometry):
+        return volume.with_voxels(volume.voxels, geometry=target)
+    start = np.round(volume.geometry.to_voxel(target.affine[:3, 3])).astype(int)
+    return volume.with_voxels(cut(volume.voxels, start, target.shape, outside), geometry=target)
+
+
+def _scaled(voxels: Shaped[np.ndarray, "i j k"], scale: Scale) -> Shaped[np.ndarray, "i j k"]:
+    values = voxels.astype(np.float32)
+    if scale.by == "dataset":
+        return (np.clip(values, scale.low, scale.high) - scale.mean) / scale.deviation
+    inside = values[values != 0] if scale.nonzero else values
+    deviation = float(inside.std(dtype=np.float64)) if inside.size else 0.0
+    if deviation <= 1e-8 * max(1.0, float(np.abs(values).max())):
+        raise ScanError(
+            "A channel has the same value in every voxel; a scan with contrast is needed. "
+            "Look at the file: an empty series or a failed export is the usual reason."
+        )
+    return (values - np.float32(inside.mean(dtype=np.float64))) / np.float32(deviation)

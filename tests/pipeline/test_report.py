@@ -1,0 +1,119 @@
+"""What is said of a case is what was found, and it is on the disk whole or not at all."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from pipeline.report import Report, Result, UnreadableReport, millilitres, write_whole
+from preprocessing.phantoms import body, scan
+from preprocessing.plan import Label
+from preprocessing.volume import Geometry, GeometryMismatch, Provenance, Volume
+
+TABLE = (
+    Label(value=1, name="liver", colour=(0, 114, 178)),
+    Label(value=2, name="kidney", colour=(230, 159, 0)),
+    Label(value=3, name="lesion", colour=(0, 158, 115)),
+    Label(value=300, name="absent", colour=(204, 121, 167)),
+)
+
+
+def grid(seed: int) -> Geometry:
+    """Oblique, anisotropic, its axes in an order of their own."""
+    turn = Rotation.from_euler("xyz", (8, -12, 15 + seed), degrees=True).as_matrix()
+    affine = np.eye(4)
+    affine[:3, :3] = (turn * (2.0, 2.2, 3.5))[:, [2, 0, 1]] * (1, -1, -1)
+    shape = (22, 48, 38)
+    affine[:3, 3] = -affine[:3, :3] @ (np.array(shape) - 1) / 2
+    return Geometry(shape=shape, affine=affine)
+
+
+def found(seed: int = 9) -> Result:
+    image, labels = scan(body(seed), grid(seed), seed=seed)
+    provenance = Provenance(
+        sources=("scans/one.nii.gz",), sha256="12" * 32, reader="phantom", repairs=("The axes were named.",)
+    )
+    return Result(
+        case_id=f"phantom_{seed:03d}",
+        scan=replace(image, provenance=provenance),
+        labels=labels,
+        label_table=TABLE,
+        package_id="ab" * 32,
+        package_name="demo",
+        confidence={"liver": 0.9},
+        warnings=("Größe: 4,1 mm",),
+        seconds={"read": 0.1, "predict": 2.5},
+    )
+
+
+def test_millilitres_are_those_of_the_ellipsoids() -> None:
+    known = body(9).known_ml()
+    volumes = found().volumes_ml
+    assert volumes["liver"] == pytest.approx(known["liver"], rel=0.03)
+    assert volumes["kidney"] == pytest.approx(known["kidney"], rel=0.05)
+    assert volumes["absent"] == 0
+
+
+def test_labels_on_another_grid_are_no_result_of_this_scan() -> None:
+    result = found()
+    elsewhere = grid(4)
+    labels = Volume(voxels=np.zeros((1, *elsewhere.shape), np.uint8), geometry=elsewhere, channels=("labels",))
+    with pytest.raises(GeometryMismatch, match="own grid"):
+        replace(result, labels=labels)
+
+
+def test_a_report_read_back_says_what_was_written(tmp_path: Path) -> None:
+    report = Report.of(found(), [tmp_path / "labels.nii.gz", "overlay.png"], ("labels", "overlay"))
+    path = report.write(tmp_path)
+    assert Report.read(path) == Report.read(tmp_path) == report
+    assert report.files == ("labels.nii.gz", "overlay.png")
+    said = json.loads(path.read_text(encoding="utf-8"))
+    assert (
+        said["status"] == "done" and said["sources"] == ["scans/one.nii.gz"] and said["warnings"] == ["Größe: 4,1 mm"]
+    )
+    np.testing.assert_allclose(said["grid"]["affine"], found().scan.geometry.affine)
+    assert [each.name for each in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"case_id": 3}', "null", "\x00\x00"])
+def test_a_damaged_report_is_no_report(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UnreadableReport, match=r"(?s)is not a report.*is needed.*segment the case again"):
+        Report.read(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_no_report(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UnreadableReport):
+        Report.read(tmp_path)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "new \ud800")
+    target = tmp_path / "folder"
+    target.mkdir()
+    with pytest.raises(OSError):  # a folder cannot be replaced by a file
+        write_whole(target, "new")
+    assert path.read_text() == "old"
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("ml", "words"),
+    [
+        (0, "0 ml"),
+        (1180.4, "1180 ml"),
+        (23.44, "23.4 ml"),
+        (1.316, "1.32 ml"),
+        (0.052, "0.0520 ml"),
+        (1e-7, "0.00000 ml"),
+    ],
+)
+def test_millilitres_are_written_with_the_digits_that_count(ml: float, words: str) -> None:
+    assert millilitres(ml) == words
