@@ -1,6 +1,7 @@
 """Is Triton here, and may this tensor use it? Every operation takes `tl` and `triton` from this file."""
 
 import os
+import shutil
 from typing import Any
 
 import torch
@@ -29,7 +30,11 @@ else:
 # read once: Triton decides when a kernel is decorated whether it will be compiled or interpreted
 INTERPRETED = AVAILABLE and os.environ.get("TRITON_INTERPRET") == "1"
 
+# Triton builds its link to the driver with a C compiler; an image without one runs plain torch instead of failing
+CAN_COMPILE = any(shutil.which(name) for name in (os.environ.get("CC", ""), "gcc", "clang") if name)
+
 
 def usable(tensor: torch.Tensor) -> bool:
-    """Whether a kernel may touch this tensor: it lies on a CUDA device, or kernels are interpreted."""
-    return AVAILABLE and (tensor.is_cuda or INTERPRETED)
+    """Whether a kernel may touch this tensor: it lies on a CUDA device of a machine with a compiler, or
+    kernels are interpreted."""
+    return AVAILABLE and (INTERPRETED or (tensor.is_cuda and CAN_COMPILE))

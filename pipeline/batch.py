@@ -9,7 +9,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -114,10 +114,11 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
         seen = [path] if path.is_file() else list(_files_in(path, out))
         images = [file for file in seen if file.name.endswith(files.EXTENSIONS)]
         series, others = dicom.series_in([file for file in seen if not file.name.endswith(files.EXTENSIONS)])
-        left_alone |= {str(file): reason for file, reason in others.items()}
+        damaged = {file: reason for file, reason in others.items() if reason.startswith(dicom.DAMAGED)}
+        left_alone |= {str(file): reason for file, reason in others.items() if file not in damaged}
         pieces = [_Piece(place=file, path=file, series=None) for file in images]
         pieces += [_Piece(place=_home(one.paths), path=_home(one.paths), series=one) for one in series]
-        scans += _cases(pieces, path, channels)
+        scans += _with_damage(list(_cases(pieces, path, channels)), damaged, path)
     if not scans:
         reasons = "".join(f"\n  {file}: {reason}" for file, reason in list(left_alone.items())[:5])
         raise UsageError(
@@ -174,12 +175,27 @@ def _cases(pieces: Sequence[_Piece], root: Path, channels: Sequence[str]) -> Ite
         if match and int(match[2]) < len(channels) and piece.series is None:
             numbered.setdefault(piece.place.parent / match[1], {})[int(match[2])] = piece
             left.remove(piece)
-    for name, group in numbered.items():
-        yield _scan(name, [group[n] for n in sorted(group)], root)
+    for name, files_of_case in numbered.items():
+        yield _scan(name, [files_of_case[n] for n in sorted(files_of_case)], root)
     shared = [piece.place for piece in left]
     for piece in left:
         suffix = f"-{_short(piece.series.uid)}" if piece.series and shared.count(piece.place) > 1 else ""
         yield _scan(piece.place, [piece], root, suffix)
+
+
+def _with_damage(scans: Sequence[Scan], damaged: dict[Path, str], root: Path) -> Iterator[Scan]:
+    """A damaged file may be the slice a series lacks: every series of its folder is refused; alone, it is a case itself."""
+    series = {file.parent for scan in scans if scan.series for file in _input_files(scan)}
+    for scan in scans:
+        near = [f for f in damaged if scan.series and f.parent in {file.parent for file in _input_files(scan)}]
+        if near:
+            what = f"{near[0].name} beside the series is {damaged[near[0]]}; it may be one of its slices. Export the series again."
+            scan = replace(scan, refusal=what)
+        yield scan
+    for file, reason in damaged.items():
+        if file.parent not in series:
+            alone = _scan(file, [_Piece(place=file, path=file, series=None)], root)
+            yield replace(alone, refusal=f"{file.name} is {reason}; a whole DICOM file is needed. Export it again.")
 
 
 def _by_channel_name(pieces: Sequence[_Piece], channels: Sequence[str]) -> Iterator[tuple[list[_Piece], Path]]:
@@ -216,7 +232,7 @@ def _told_apart(scans: Sequence[Scan]) -> Iterator[Scan]:
         seen.add(real)
         twin = ids.count(scan.case_id) > 1
         case_id = f"{scan.case_id}-{_short(str(real[0]))}" if twin else scan.case_id
-        yield Scan(case_id=case_id, paths=scan.paths, series=scan.series)
+        yield replace(scan, case_id=case_id)
 
 
 def _short(words: str) -> str:

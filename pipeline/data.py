@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -111,26 +113,23 @@ def _prepare_case(dataset: Dataset, files: CaseFiles, plan: Plan, folder: Path) 
     seed = int(hashlib.sha256(files.id.encode()).hexdigest()[:8], 16)
     places = Places.of(numbered, np.random.default_rng(seed))
     folder.mkdir(parents=True, exist_ok=True)
-    _save(folder / "image.npy", image.voxels)
-    _save(folder / "labels.npy", numbered)
-    with _partial(folder / "places.npz") as stream:
-        np.savez(stream, **{str(value): voxels for value, voxels in places.per_label.items()})
-    _commit(folder / "places.npz")
+    stored: dict[str, Any] = {str(value): voxels for value, voxels in places.per_label.items()}
+    with _whole(folder / "image.npy") as stream:
+        np.save(stream, np.ascontiguousarray(image.voxels))
+    with _whole(folder / "labels.npy") as stream:
+        np.save(stream, np.ascontiguousarray(numbered))
+    with _whole(folder / "places.npz") as stream:
+        np.savez(stream, **stored)
     (folder / "complete").touch()
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    with _partial(path) as stream:
-        np.save(stream, np.ascontiguousarray(array))
-    _commit(path)
-
-
-def _partial(path: Path):  # type: ignore[no-untyped-def]
-    return path.with_name(f".{path.name}.{os.getpid()}").open("wb")
-
-
-def _commit(path: Path) -> None:
-    path.with_name(f".{path.name}.{os.getpid()}").replace(path)
+@contextmanager
+def _whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that is there with all of its bytes or not at all; two trainings may prepare the same case at once."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as stream:
+        yield stream
+    partial.replace(path)
 
 
 def split(ids: Sequence[str], fold: int, folds: int) -> tuple[list[str], list[str]]:

@@ -136,12 +136,12 @@ def compare(
     scores = []
     for value in values:
         mask, truth = predicted == value, given == value
-        dice, nsd, hd95 = agreement(mask, truth, geometry.spacing, tolerance_mm)
+        overlap, nsd, hd95 = agreement(mask, truth, geometry.spacing, tolerance_mm)
         scores.append(
             Score(
                 case_id=case_id,
                 label=names.get(value, str(value)),
-                dice=dice,
+                dice=overlap,
                 nsd=nsd,
                 hd95_mm=hd95,
                 volume_ml=int(mask.sum()) * geometry.voxel_ml,
@@ -164,11 +164,16 @@ def agreement(
     mask, truth = mask[box], truth[box]  # surfaces and distances within the box are those of the whole image
     if not (mask.any() and truth.any()):
         return 0.0, 0.0, None
-    dice = 2 * int((mask & truth).sum()) / (int(mask.sum()) + int(truth.sum()))
     to_truth, to_mask = surface_distances(mask, truth, spacing)
     near = int((to_truth <= tolerance_mm).sum()) + int((to_mask <= tolerance_mm).sum())
     hd95 = max(float(np.percentile(to_truth, 95)), float(np.percentile(to_mask, 95)))
-    return dice, near / (len(to_truth) + len(to_mask)), hd95
+    return dice(mask, truth), near / (len(to_truth) + len(to_mask)), hd95
+
+
+def dice(mask: Bool[np.ndarray, "i j k"], truth: Bool[np.ndarray, "i j k"]) -> float | None:
+    """Twice the overlap over the sum of both; None where both are empty."""
+    total = int(mask.sum()) + int(truth.sum())
+    return 2 * int((mask & truth).sum()) / total if total else None
 
 
 def surface_distances(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -91,6 +92,10 @@ class ModelPackage:
         try:
             raw = path.read_text()
             record = decode(Package, json.loads(raw), where="package.json")
+        except OSError as error:
+            raise PackageError(
+                f"{path} cannot be opened ({error.strerror}); it must be readable. Mend its permissions."
+            ) from None
         except (UnicodeDecodeError, json.JSONDecodeError, BadRecord) as error:
             raise DamagedPackage(f"{path} cannot be read ({error}). {_FETCH_AGAIN}") from None
         if record.format != FORMAT:
@@ -129,7 +134,7 @@ def save(
     fold_number: int, fold: Fold,
 ) -> ModelPackage:  # fmt: skip
     """Write a package, or add a fold to one made by the same plan and network. The old one stays until the new is whole."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save as serialise
 
     before = ModelPackage.load(folder).record if (folder / "package.json").exists() else None
     building = folder.with_name(f".{folder.name}.partial")
@@ -139,7 +144,9 @@ def save(
         for earlier in before.folds.values():
             shutil.copy2(folder / earlier.weights, building / earlier.weights)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    save_file(state, building / fold.weights)
+    (building / fold.weights).write_bytes(
+        serialise(state)
+    )  # safetensors' own file would be readable by its writer alone
     folds = (before.folds if before else {}) | {str(fold_number): fold}
     record = Package(
         format=FORMAT,
@@ -208,6 +215,8 @@ def _verify(folder: Path, name: str, sha256: str) -> None:
     path = folder / name
     if Path(name).name != name or not path.is_file():
         raise DamagedPackage(f"{folder} lacks {name}, which its package.json lists. {_FETCH_AGAIN}")
+    if not os.access(path, os.R_OK):
+        raise PackageError(f"{path} may not be read by this user; it must be. Mend its permissions.")
     if _sha256(path) != sha256:
         raise DamagedPackage(f"{path} changed since it was packed (sha256 differs). {_FETCH_AGAIN}")
 

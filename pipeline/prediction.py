@@ -102,7 +102,8 @@ def blended_logits(
     total = torch.zeros(classes, *scan.shape[1:])
     bells = [torch.from_numpy(bell(side)) for side in patch]
     weights = [torch.zeros(size) for size in scan.shape[1:]]
-    starts = grid(tuple(scan.shape[1:]), patch, how.overlap)
+    _, height, width, depth = scan.shape
+    starts = grid((height, width, depth), patch, how.overlap)
     for axis in range(3):
         for start in sorted({start[axis] for start in starts}):
             weights[axis][start : start + patch[axis]] += bells[axis]
@@ -110,7 +111,7 @@ def blended_logits(
         for i, j, k in starts:
             window = scan[:, i : i + patch[0], j : j + patch[1], k : k + patch[2]]
             logits = _flipped_mean(window[None].to(device), network, how.flips)[0].float().cpu()
-            total = window_blend.fused(total, logits, *bells, (i, j, k))
+            total = window_blend.fused(total, logits, bells[0], bells[1], bells[2], (i, j, k))
     return total / (weights[0][:, None, None] * weights[1][None, :, None] * weights[2][None, None, :])
 
 

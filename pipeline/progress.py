@@ -1,8 +1,9 @@
 """How far a long piece of work has come: told by the verbs, shown by whoever called them."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Called with what is being done, how much of it is done, of how much, and a few words on the state."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from preprocessing import files
 from preprocessing.records import decode
-from preprocessing.volume import Volume, stack
+from preprocessing.volume import UnreadableScan, Volume, stack
 
 from . import outputs
 from .package import ModelPackage
@@ -32,6 +32,8 @@ class Scan:
     paths: tuple[Path, ...]
     series: tuple[Any, ...] = ()
     """The DICOM series behind the paths, where they are DICOM."""
+    refusal: str = ""
+    """Why it cannot be read, where that was seen while looking for it: a damaged slice may be a missing slice."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +67,8 @@ def segment_case(
 
 def read_scan(scan: Scan, channels: Sequence[str]) -> Volume:
     """The scan with its package's channels, all on one grid."""
+    if scan.refusal:
+        raise UnreadableScan(scan.refusal)
     volumes = [
         _read(path, series) for path, series in zip(scan.paths, scan.series or (None,) * len(scan.paths), strict=True)
     ]

@@ -39,6 +39,7 @@ from .progress import Progress, silent
 from .report import hilum_version
 
 logger = logging.getLogger(__name__)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it advertises other products
 
 VALIDATION_CASES = 8
 """Held-out cases looked at after every epoch; all of them are scored at the end."""
@@ -274,6 +275,7 @@ def _fit(
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # on a CPU they would starve it
         warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 on torch 2.15
         trainer.fit(module, ckpt_path=workshop.checkpoint, weights_only=None)
     if trainer.interrupted:
         raise KeyboardInterrupt
@@ -291,7 +293,8 @@ class Training(lightning.LightningModule):
         self.trained_on, self.held_out = list(trained_on), list(held_out)
         self.loss = DeepSupervision()
         self.clock = Clock()
-        self.steps = settings.steps_per_epoch or int(np.clip(len(trained_on) // job.plan.batch, 25, 250))
+        most = 250 if choose_device(settings.device).type == "cuda" else 40  # nnU-Net's 250 steps are minutes on a CPU
+        self.steps = settings.steps_per_epoch or int(np.clip(len(trained_on) // job.plan.batch, 20, most))
         self.losses: list[float] = []
         self.validated: list[dict[str, float]] = []
         self.latest: dict[str, float] = {}
@@ -327,8 +330,8 @@ class Training(lightning.LightningModule):
         self.clock.start()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The rate rises over the first fifty steps, then falls to zero with the share that is left (nnU-Net's power)."""
-        warm = min(1.0, (self.global_step + 1) / 50)
+        """The rate rises over the first twenty steps, then falls to zero with the share that is left (nnU-Net's power)."""
+        warm = min(1.0, (self.global_step + 1) / 20)
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.settings.learning_rate * warm * (1 - self.share_done) ** 0.9
 
@@ -434,7 +437,7 @@ class Watch(Callback):
             with torch.inference_mode():
                 logits, _ = module.whole_case((image[None], truth[None]))
             found = logits.argmax(dim=0).numpy()
-            picture = compare(image[0].numpy(), truth.numpy(), found, module.plan.labels, module.plan.spacing_mm)
+            picture = compare(image.numpy(), truth.numpy(), found, module.plan.labels, module.plan.spacing_mm)
             self.tracker.picture(f"validation/case {number}", picture, step=module.current_epoch)
 
 

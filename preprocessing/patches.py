@@ -12,7 +12,8 @@ Triple = tuple[int, int, int]
 
 def grid(shape: Triple, patch: Triple, overlap: float) -> list[Triple]:
     """Where windows start so that they cover the shape, neighbours sharing at least that much of a side."""
-    return list(product(*(_starts(size, side, overlap) for size, side in zip(shape, patch, strict=True))))
+    along = [_starts(size, side, overlap) for size, side in zip(shape, patch, strict=True)]
+    return [(i, j, k) for i, j, k in product(*along)]
 
 
 def _starts(size: int, side: int, overlap: float) -> list[int]:

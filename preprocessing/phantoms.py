@@ -68,7 +68,7 @@ def body(seed: int) -> Body:
         radii=np.array([9.0, 8.0, 15.0]) * rng.uniform(0.88, 1.12, 3),
         rotation=_rotation(rng, 0.3),
     )
-    torso = Ellipsoid(tissue="body", centre=np.zeros(3), radii=np.array([50.0, 38.0, 120.0]), rotation=np.eye(3))
+    torso = Ellipsoid(tissue="body", centre=np.zeros(3), radii=np.array([47.0, 36.0, 120.0]), rotation=np.eye(3))
     return Body(shapes=(torso, liver, kidney, *_lesions(liver, rng)))
 
 
@@ -78,7 +78,7 @@ def _lesions(liver: Ellipsoid, rng: np.random.Generator) -> list[Ellipsoid]:
     for _ in range(200):  # a crowded liver keeps the lesions that found room: always the first, nearly always all
         if len(found) == wanted:
             break
-        radius = rng.uniform(5.0, 8.0)
+        radius = rng.uniform(5.5, 8.5)
         place = _unit(rng) * rng.uniform(0, 0.9) * (1 - (radius + 1) / liver.radii.min()) * liver.radii
         centre = liver.centre + liver.rotation @ place
         if all(np.linalg.norm(centre - other.centre) > radius + other.radii[0] + 3 for other in found):
@@ -86,10 +86,10 @@ def _lesions(liver: Ellipsoid, rng: np.random.Generator) -> list[Ellipsoid]:
     return found
 
 
-def geometry(seed: int, *, extent_mm: Sequence[float] = (104.0, 84.0, 76.0)) -> Geometry:
+def geometry(seed: int, *, extent_mm: Sequence[float] = (98.0, 78.0, 68.0)) -> Geometry:
     """A scanner's grid around the patient: anisotropic, oblique, its axes in any order and direction."""
     rng = np.random.default_rng([seed, 1])
-    spacing = np.array([2.0, 2.0, rng.uniform(3.0, 4.0)]) * rng.uniform(0.95, 1.05)
+    spacing = np.array([2.4, 2.4, rng.uniform(3.8, 4.6)]) * rng.uniform(0.95, 1.05)
     shape = np.ceil(np.array(extent_mm) / spacing).astype(int)
     order, signs = rng.permutation(3), rng.choice([-1, 1], 3)
     axes = (_rotation(rng, 0.25) * spacing * signs)[:, order]

@@ -17,7 +17,7 @@ class BadRecord(ValueError):
 def encode(value: Any) -> Any:
     """Dataclasses to dicts (a step names its kind first), tuples to lists; what is plain stays."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        kind = {"kind": value.kind} if "kind" in vars(type(value)) else {}
+        kind = {"kind": vars(type(value))["kind"]} if "kind" in vars(type(value)) else {}
         return kind | {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         return {str(key): encode(item) for key, item in value.items()}
