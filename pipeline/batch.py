@@ -124,7 +124,8 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
         raise UsageError(
             f"no scan was found in {', '.join(map(str, inputs))}; NIfTI, NRRD, MetaImage or DICOM is needed.{reasons}"
         )
-    return Finds(scans=tuple(_told_apart(scans)), left_alone=left_alone)
+    apart = sorted(_told_apart(scans), key=lambda scan: scan.case_id)
+    return Finds(scans=tuple(apart), left_alone=left_alone)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -192,7 +192,7 @@ def _describe_demo(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("hilum-demo"), help="A new folder; everything stays inside it."
     )
-    parser.add_argument("--minutes", type=float, default=1.75, help="How long to train.")
+    parser.add_argument("--minutes", type=float, default=2.25, help="How long to train.")
 
 
 def _demo(said: "Namespace") -> int:

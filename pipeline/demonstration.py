@@ -34,7 +34,7 @@ class Demo:
     """Per unseen patient: the exact millilitres of each label, by geometry."""
 
 
-def demo(out: Path, minutes: float = 2.0, progress: Progress = silent) -> Demo:
+def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
     """Make patients, check, plan, train, segment unseen ones from DICOM and NIfTI, evaluate; all of it inside `out`."""
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; the demo needs a new folder. Remove it, or give another --out.")

@@ -77,7 +77,10 @@ class Plan:
 
     def write(self, path: Path) -> None:
         """A YAML a person can read and edit."""
-        words = yaml.safe_dump(encode(self), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        record = encode(self)
+        reasons = {"reasons": record.pop("reasons")}
+        words = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+        words += yaml.safe_dump(reasons, sort_keys=False, allow_unicode=True, width=1000)  # a line for each reason
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(

@@ -369,8 +369,13 @@ def test_the_tracking_service_of_compose_answers_and_stops_when_told(image: Engi
 
 def _is_healthy(engine: Engine, check: str) -> bool:
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and _is_running(engine):
         if engine.call("podman", "exec", "tracking", "sh", "-c", check).returncode == 0:
             return True
         time.sleep(2)
     return False
+
+
+def _is_running(engine: Engine) -> bool:
+    found = engine.call("podman", "container", "inspect", "--format={{.State.Running}}", "tracking")
+    return found.stdout.strip() == "true"
