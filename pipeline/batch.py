@@ -8,21 +8,22 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 from preprocessing import dicom, files
+from preprocessing.records import decode, nearest
 
 from . import outputs, tracking
 from .config import Segment
 from .errors import Interrupted, UsageError, is_users
 from .index import Row, counts, write_index
 from .package import ModelPackage
-from .prediction import Inference
+from .prediction import Inference, choose_device
 from .progress import Progress, silent
-from .report import Report, as_json, recover, swap, write_whole
+from .report import Report, UnreadableReport, as_json, recover, swap, write_whole
 from .segmentation import Model, Scan, segment_case
 
 logger = logging.getLogger(__name__)
@@ -56,11 +57,11 @@ def segment(
     scans: Sequence[Path], package: Path | str, out: Path, settings: Segment = Segment(), progress: Progress = silent  # noqa: B008
 ) -> Batch:  # fmt: skip
     """Segment every scan found; `out` gets a folder per case, a summary and an index. One bad case never stops the rest."""
-    for name in settings.outputs:
-        outputs.load(name)  # a typo is told now, not after the first scan
+    _refuse_mistakes(settings)
     opened = open_package(package, settings.tracking_uri)
     found = find_scans(scans, opened.plan.channels, out)
     how = Inference(overlap=settings.overlap, flips=settings.flips, device=settings.device)
+    choose_device(how.device)
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out):
         rows = list(_earlier(out, {scan.case_id for scan in found.scans}))
@@ -83,6 +84,18 @@ def segment(
         finally:
             _write_index(out, rows, found.left_alone, opened)
     return Batch(folder=out, rows=tuple(rows))
+
+
+def _refuse_mistakes(settings: Segment) -> None:
+    """A typo in an output or its options is told now, not after the first scan."""
+    for name in settings.outputs:
+        decode(outputs.load(name).Config, settings.output_options.get(name, {}), where=f"output_options.{name}")
+    for name in settings.output_options:
+        if name not in settings.outputs:
+            raise UsageError(
+                f"output_options speaks of {name!r}, which is not among the outputs{nearest(name, settings.outputs)} "
+                f"Those asked for: {', '.join(settings.outputs)}."
+            )
 
 
 def open_package(package: Path | str, tracking_uri: str | None = None) -> ModelPackage:
@@ -111,9 +124,11 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
             raise UsageError(
                 f"{path} does not exist; a scan, a series folder or a tree of them is needed. Look at the spelling."
             )
+        if path.resolve() == out.resolve():
+            raise UsageError(f"{path} is both the input and --out; results need a folder of their own. Give another --out.")
         seen = [path] if path.is_file() else list(_files_in(path, out))
-        images = [file for file in seen if file.name.endswith(files.EXTENSIONS)]
-        series, others = dicom.series_in([file for file in seen if not file.name.endswith(files.EXTENSIONS)])
+        images = [file for file in seen if files.stem(file) != file.name]
+        series, others = dicom.series_in([file for file in seen if files.stem(file) == file.name])
         damaged = {file: reason for file, reason in others.items() if reason.startswith(dicom.DAMAGED)}
         left_alone |= {str(file): reason for file, reason in others.items() if file not in damaged}
         pieces = [_Piece(place=file, path=file, series=None) for file in images]
@@ -224,13 +239,11 @@ def _scan(place: Path, group: Sequence[_Piece], root: Path, suffix: str = "") ->
 
 def _told_apart(scans: Sequence[Scan]) -> Iterator[Scan]:
     """Two scans of one name, from two folders, keep both: each takes a few letters of its own path."""
-    ids = [scan.case_id for scan in scans]
-    seen: set[tuple[Path, ...]] = set()
+    different: dict[tuple[Path, ...], Scan] = {}
     for scan in scans:
-        real = tuple(file.resolve() for file in _input_files(scan))
-        if real in seen:
-            continue  # the same scan was named twice
-        seen.add(real)
+        different.setdefault(tuple(file.resolve() for file in _input_files(scan)), scan)  # one may be named twice
+    ids = [scan.case_id for scan in different.values()]
+    for real, scan in different.items():
         twin = ids.count(scan.case_id) > 1
         case_id = f"{scan.case_id}-{_short(str(real[0]))}" if twin else scan.case_id
         yield replace(scan, case_id=case_id)
@@ -288,17 +301,27 @@ def _complete(scan: Scan, package: ModelPackage, out: Path, settings: Segment) -
     """The row of a case that need not be done again: same input, same package, every output there."""
     folder = out / scan.case_id
     recover(folder)
-    report = _report(folder)
+    try:
+        report = _report(folder)
+    except UnreadableReport:
+        return None  # told when the case's turn comes, and for this case alone
     if report is None or report.package_id != package.id or set(settings.outputs) - set(report.outputs):
         return None
     if any(not (folder / name).exists() for name in report.files) or report.input_sha256 != _identity(scan):
         return None
+    (folder / "error.json").unlink(missing_ok=True)  # of a try with another package: no longer true
     return Row(case_id=scan.case_id, status=SKIPPED, report=report)
 
 
 def _refuse_other_result(scan: Scan, package: ModelPackage, folder: Path) -> None:
-    """Never write over what was said of another scan, or by another package."""
+    """Never write over what was said of another scan, or by another package, nor over what is not ours."""
     report = _report(folder)
+    strange = [path.name for path in folder.glob("*") if path.name != "error.json"] if report is None else []
+    if strange:
+        raise UsageError(
+            f"{folder} holds files that are no result of hilum, as {strange[0]}; a case needs a folder of its own. "
+            "Give another --out."
+        )
     if report is None or (report.package_id == package.id and report.input_sha256 == _identity(scan)):
         return
     other = "by another package" if report.package_id != package.id else "of another scan of the same name"
@@ -322,7 +345,8 @@ def _earlier(out: Path, current: set[str]) -> Iterator[Row]:
     """Complete cases that lie there from runs over other scans: the summary is of the folder, not of the command."""
     for path in sorted(out.glob("*/report.json")):
         if path.parent.name not in current:
-            yield Row(case_id=path.parent.name, status=EARLIER, report=Report.read(path))
+            with suppress(UnreadableReport):  # a report.json that is not ours, or damaged, is no result
+                yield Row(case_id=path.parent.name, status=EARLIER, report=Report.read(path))
 
 
 def _write_index(out: Path, rows: Sequence[Row], left_alone: dict[str, str], package: ModelPackage) -> None:

@@ -16,6 +16,8 @@ from preprocessing.patches import bell, grid
 from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
+from .errors import UsageError
+
 if TYPE_CHECKING:
     from preprocessing.plan import Plan
     from preprocessing.steps import Trail
@@ -34,7 +36,7 @@ class Inference:
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"overlap is {self.overlap}; it must be at least 0 and below 1. 0.5 is usual.")
+            raise UsageError(f"overlap is {self.overlap}; it must be at least 0 and below 1. 0.5 is usual.")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -156,5 +158,8 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name!r} was asked for, but torch sees no GPU here. Use --device cpu.")
-    return torch.device(name)
+        raise UsageError(f"device {name!r} was asked for, but torch sees no GPU here. Use --device cpu.")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is not known to torch; auto, cpu or cuda is needed. Correct it.") from None

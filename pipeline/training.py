@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 import networks
 from networks.parts.losses import DeepSupervision, dice_cross_entropy
 from preprocessing.datasets import CaseFiles, Dataset, open_dataset, take_fingerprint
-from preprocessing.plan import Plan, make_plan, with_patch
+from preprocessing.plan import Fingerprint, Plan, make_plan, with_patch
 from preprocessing.records import decode, encode
 
 from . import tracking
@@ -33,7 +33,7 @@ from .config import Train
 from .data import PreparedCase, Whole, Windows, cached, measure_machine, split
 from .errors import Interrupted, UsageError
 from .evaluation import dice
-from .package import Fold, ModelPackage, build_network, save
+from .package import Fold, ModelPackage, Package, build_network, save
 from .prediction import Inference, blended_logits, choose_device, segment_volume
 from .progress import Progress, silent
 from .report import hilum_version
@@ -53,11 +53,11 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
     workshop.open(out, settings)
     opened = open_dataset(dataset)
-    job = (
-        workshop.resumed_job()
-        if workshop.has_job and settings.resume
-        else _new_job(opened, settings, workshop, progress)
-    )
+    if workshop.has_job:
+        job = workshop.resumed_job()
+    else:
+        job = _new_job(opened, settings, _earlier_folds(out, settings), progress)
+        workshop.remember(job)
     cases = cached(
         opened, job.plan, settings.cache or tracking.home() / "cache", lambda done, of: progress("prepare", done, of)
     )
@@ -141,27 +141,52 @@ def _decisive(settings: Train) -> dict[str, Any]:
     return {name: encode(getattr(settings, name)) for name in DECISIVE}
 
 
-def _new_job(dataset: Dataset, settings: Train, workshop: Workshop, progress: Progress) -> Job:
+def _earlier_folds(out: Path, settings: Train) -> Package | None:
+    """The package this training adds a fold to, if there is one; its plan and network are followed."""
+    if not (out / "package.json").exists():
+        return None
+    package = ModelPackage.load(out).record
+    if package.network != settings.network or settings.plan or settings.network_options:
+        raise UsageError(
+            f"{out} holds folds of {package.network}, made by its own plan; all folds of a package share both. "
+            f"Give --network {package.network} and neither plan nor network_options, or another --out."
+        )
+    return package
+
+
+def _new_job(dataset: Dataset, settings: Train, earlier: Package | None, progress: Progress) -> Job:
     module = networks.load(settings.network)
-    if settings.plan:
-        plan = Plan.read(settings.plan)
-    else:
-        fingerprint = take_fingerprint(dataset, lambda done, of: progress("look at every case", done, of))
-        plan = make_plan(fingerprint, measure_machine(settings.device))
     options = decode(module.Config, settings.network_options, where=f"network_options of {settings.network}")
-    config = module.fit(options, patch=plan.patch, spacing=plan.spacing_mm)
-    plan = with_patch(plan, _rounded_up(plan.patch, module.divisor(config)))
+    # every case is looked at whatever the plan: one that does not fit must be told, not skipped
+    fingerprint = take_fingerprint(dataset, lambda done, of: progress("look at every case", done, of))
+    if earlier:
+        plan, config = earlier.plan, decode(module.Config, earlier.network_config, where="package.json")
+    else:
+        plan = Plan.read(settings.plan) if settings.plan else make_plan(fingerprint, measure_machine(settings.device))
+        config = module.fit(options, patch=plan.patch, spacing=plan.spacing_mm)
+        plan = with_patch(plan, _rounded_up(plan.patch, module.divisor(config)))
+    _refuse_other_words(plan, fingerprint)
+    plan = plan if earlier else replace(plan, dataset=fingerprint.dataset)
     ids = [files.id for files in dataset.cases if files.images and files.labels]
     trained_on, held_out = split(ids, settings.fold, settings.folds)
-    job = Job(
+    return Job(
         plan=plan,
         network_config=encode(config),
         trained_on=tuple(trained_on),
         held_out=tuple(held_out),
         settings=_decisive(settings),
     )
-    workshop.remember(job)
-    return job
+
+
+def _refuse_other_words(plan: Plan, fingerprint: Fingerprint) -> None:
+    """A plan for other channels or labels than the dataset's would train on the wrong thing without a word."""
+    planned = (plan.channels, {label.value: label.name for label in plan.labels})
+    present = (fingerprint.channels, {label.value: label.name for label in fingerprint.labels})
+    if planned != present:
+        raise UsageError(
+            f"the plan is for channels and labels {planned}; the dataset has {present}. They must be the same: "
+            "make a plan of this dataset with `hilum plan`."
+        )
 
 
 def _rounded_up(patch: tuple[int, int, int], divisor: tuple[int, int, int]) -> tuple[int, int, int]:
@@ -335,7 +360,7 @@ class Training(lightning.LightningModule):
         for group in self.trainer.optimizers[0].param_groups:
             group["lr"] = self.settings.learning_rate * warm * (1 - self.share_done) ** 0.9
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         image, labels = batch
         loss = self.loss(self.network(image), labels)
         if not torch.isfinite(loss):
@@ -350,7 +375,7 @@ class Training(lightning.LightningModule):
         if self.settings.minutes and self.clock.minutes >= self.settings.minutes:
             self.trainer.should_stop = True
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         logits, truth = self.whole_case(batch)
         scores = {"loss": float(dice_cross_entropy(logits[None], truth[None].to(logits.device)))}
         for label, score in zip(
@@ -360,7 +385,7 @@ class Training(lightning.LightningModule):
                 scores[label.name] = score
         self.validated.append(scores)
 
-    def whole_case(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def whole_case(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """A whole prepared scan through the network, window by window as in segmentation."""
         image, truth = batch
         self.network.eval()
@@ -435,7 +460,7 @@ class Watch(Callback):
         for number, case in enumerate(module.held_out[:PICTURED_CASES], start=1):
             image, truth = Whole([case])[0]
             with torch.inference_mode():
-                logits, _ = module.whole_case((image[None], truth[None]))
+                logits, _ = module.whole_case([image[None], truth[None]])
             found = logits.argmax(dim=0).numpy()
             picture = compare(image.numpy(), truth.numpy(), found, module.plan.labels, module.plan.spacing_mm)
             self.tracker.picture(f"validation/case {number}", picture, step=module.current_epoch)
@@ -460,7 +485,7 @@ def _score(
         assert case.labels is not None
         found = segment_volume(case.image, [network], plan, Inference(device=device), "")
         for label in plan.labels:
-            score = dice(found.labels.voxels == label.value, case.labels.voxels == label.value)
+            score = dice(found.labels.voxels[0] == label.value, case.labels.voxels[0] == label.value)
             if score is not None:
                 per_label[label.name].append(score)
         progress("score held-out cases", done, len(held_out))

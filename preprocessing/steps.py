@@ -217,7 +217,7 @@ def _placed(volume: Volume, target: Geometry, outside: float) -> Volume:
     """The volume on a grid with the same axes, shifted by whole voxels: cropped here, filled with `outside` there."""
     if target.shape == volume.geometry.shape and target.matches(volume.geometry):
         return volume.with_voxels(volume.voxels, geometry=target)
-    start = np.round(volume.geometry.to_voxel(target.affine[:3, 3])).astype(int)
+    start = [round(float(n)) for n in volume.geometry.to_voxel(target.affine[:3, 3])]
     return volume.with_voxels(cut(volume.voxels, start, target.shape, outside), geometry=target)
 
 

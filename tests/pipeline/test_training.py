@@ -1,0 +1,209 @@
+"""A training ends in a package and an honest MLflow run, however often it is killed on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pipeline import tracking
+from pipeline.batch import open_package, segment
+from pipeline.config import Segment, Train
+from pipeline.errors import UsageError
+from pipeline.training import Workshop, train
+from preprocessing import files
+from preprocessing.datasets import DatasetError
+from preprocessing.phantoms import CHANNELS, LABELS, body, geometry, scan
+from preprocessing.plan import Plan
+
+EPOCHS = 4
+WORDS = {"epochs": EPOCHS, "steps_per_epoch": 3, "network_options": {"width": 4, "blocks": [1, 1]}, "folds": 3}
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six small patients in nnU-Net's layout."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    for seed in range(1, 7):
+        image, labels = scan(body(seed), geometry(seed, extent_mm=(98, 78, 40)), seed=seed)
+        for number, name in enumerate(CHANNELS):
+            one = image.with_voxels(image.voxels[number : number + 1], channels=(name,))
+            files.write(one, folder / "imagesTr" / f"p{seed}_{number:04d}.nii.gz")
+        files.write(labels, folder / "labelsTr" / f"p{seed}.nii.gz", is_labels=True)
+    described = {"name": "few", "channel_names": {"0": "t1", "1": "t2"}, "labels": {"background": 0} | LABELS}
+    (folder / "dataset.json").write_text(json.dumps(described))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One store for the module: MLflow takes seconds to make one."""
+    return f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset: Path, store: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The package of a training nobody disturbed."""
+    out = tmp_path_factory.mktemp("undisturbed") / "package"
+    train(dataset, out, Train(**WORDS, tracking_uri=store, cache=out.parent / "cache"))
+    return out
+
+
+def run_of(package: Path, store: str):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=store)
+    return client, client.get_run(open_package(package).record.folds["0"].run_id)
+
+
+def test_a_training_leaves_a_package_and_nothing_else(undisturbed: Path) -> None:
+    assert sorted(path.name for path in undisturbed.iterdir()) == ["card.md", "package.json", "weights-fold0.safetensors"]
+    assert not undisturbed.with_name("package.training").exists()
+    fold = open_package(undisturbed).record.folds["0"]
+    assert (fold.epochs, fold.cases_trained, fold.cases_held_out) == (EPOCHS, 4, 2)
+    assert set(fold.dice) <= set(LABELS)
+
+
+def test_mlflow_holds_curves_pictures_plan_dataset_and_a_registered_package(undisturbed: Path, store: str) -> None:
+    client, run = run_of(undisturbed, store)
+    assert run.info.status == "FINISHED"
+    for key in ("train/loss", "val/loss", "val/dice_mean"):
+        assert [point.step for point in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
+    assert {"plan.yaml", "settings.json", "images", "package"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["few"]
+    assert {"network", "patch", "batch"} <= set(run.data.params) and len(run.data.params) <= 6
+    assert run.data.tags["code"] and run.data.tags["dataset"]
+    fetched = open_package("models:/few@latest", store)
+    assert fetched.id == open_package(undisturbed).id
+
+
+def test_no_case_and_no_path_is_named_in_mlflow(undisturbed: Path, store: str, dataset: Path) -> None:
+    client, run = run_of(undisturbed, store)
+    told = json.dumps(run.to_dictionary(), default=str)
+    told += "".join(f.path for f in client.list_artifacts(run.info.run_id, "images"))
+    assert str(dataset) not in told
+    assert not any(f"p{seed}." in told or f'"p{seed}"' in told for seed in range(1, 7))
+
+
+def test_a_package_from_the_registry_segments(undisturbed: Path, store: str, dataset: Path, tmp_path: Path) -> None:
+    scans = [dataset / "imagesTr"]
+    batch = segment(scans, "models:/few@latest", tmp_path / "out", Segment(tracking_uri=store, outputs=("labels",)))
+    assert [row.status for row in batch.rows] == ["done"] * 6
+    assert {row.case_id for row in batch.rows} == {f"p{seed}" for seed in range(1, 7)}
+
+
+def command(dataset: Path, out: Path, store: str, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "pipeline", "train", str(dataset), "--out", str(out), "--tracking_uri", store]
+    words += ["--cache", str(out.parent / "cache"), "--network_options", json.dumps(WORDS["network_options"])]
+    words += [f"--{name}={WORDS[name]}" for name in ("epochs", "steps_per_epoch", "folds")]
+    return [*words, *more]
+
+
+def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert path.exists(), f"{path.name} never came; exit code {process.poll()}"
+
+
+def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "package"
+    workshop = tmp_path / "package.training" / "fold0"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command(dataset, out, store), env=environment) as process:
+        wait_for(workshop / "job.json", process)  # before the first epoch is complete
+        process.kill()
+    with subprocess.Popen(command(dataset, out, store, "--resume"), env=environment) as process:
+        wait_for(workshop / "last.ckpt", process)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    job = json.loads((workshop / "job.json").read_text())
+
+    train(dataset, out, Train(**WORDS, tracking_uri=store, cache=out.parent / "cache", resume=True))
+
+    client, run = run_of(out, store)
+    assert run.info.run_id == job["run_id"] and run.info.status == "FINISHED"
+    steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
+    assert steps == Counter(range(EPOCHS)), "every epoch once"
+    ours, theirs = (load_file(folder / "weights-fold0.safetensors") for folder in (out, undisturbed))
+    for name, weights in theirs.items():
+        assert np.allclose(ours[name], weights, atol=1e-4), name  # threads add in any order
+
+
+def test_sigterm_marks_the_run_killed_and_keeps_what_is_needed_to_go_on(dataset: Path, store: str, tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    out = tmp_path / "package"
+    workshop = Workshop(folder=tmp_path / "package.training" / "fold0")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [*command(dataset, out, store), "--experiment", "stopped"]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(workshop.folder / "last.ckpt", process)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 130
+        assert process.stderr is not None and "Traceback" not in process.stderr.read()
+    run_id = workshop.resumed_job().run_id
+    assert MlflowClient(tracking_uri=store).get_run(run_id).info.status == "KILLED"
+    assert workshop.checkpoint is not None and not out.exists()
+
+
+def test_an_unfinished_training_is_not_thrown_away_unasked(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "package.training" / "fold0").mkdir(parents=True)
+    (tmp_path / "package.training" / "fold0" / "job.json").write_text("{}")
+    with pytest.raises(UsageError, match="--resume"):
+        train(dataset, tmp_path / "package", Train(**WORDS))
+
+
+def test_a_finished_fold_is_not_trained_over(dataset: Path, undisturbed: Path) -> None:
+    with pytest.raises(UsageError, match="already holds fold 0"):
+        train(dataset, undisturbed, Train(**WORDS))
+
+
+def test_a_second_fold_joins_the_package_and_follows_its_plan(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path
+) -> None:
+    import shutil
+
+    out = tmp_path / "package"
+    shutil.copytree(undisturbed, out)
+    words = {name: value for name, value in WORDS.items() if name != "network_options"} | {"epochs": 1}
+    before = open_package(out)
+    package = train(dataset, out, Train(**words, fold=1, tracking_uri=store, cache=tmp_path / "cache"))
+    assert sorted(package.record.folds) == ["0", "1"] and package.plan == before.plan
+    assert len(package.networks()) == 2 and package.id != before.id
+
+
+def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    import shutil
+
+    spoilt = tmp_path / "spoilt"
+    shutil.copytree(dataset, spoilt)
+    (spoilt / "labelsTr" / "p3.nii.gz").unlink()
+    plan = tmp_path / "plan.yaml"
+    open_package(undisturbed).plan.write(plan)
+    with pytest.raises(DatasetError, match="p3"):
+        train(spoilt, tmp_path / "package", Train(**WORDS, plan=plan))
+
+
+def test_a_plan_for_other_labels_is_refused(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    plan: Plan = open_package(undisturbed).plan
+    replace(plan, labels=plan.labels[:2]).write(tmp_path / "plan.yaml")
+    with pytest.raises(UsageError, match="hilum plan"):
+        train(dataset, tmp_path / "package", Train(**WORDS, plan=tmp_path / "plan.yaml"))
+
+
+def test_a_store_that_cannot_be_used_is_told_before_an_hour_is_spent(dataset: Path, tmp_path: Path) -> None:
+    settings = Train(**WORDS, tracking_uri="http://127.0.0.1:9", cache=tmp_path / "cache")
+    with pytest.raises(tracking.TrackingError):
+        train(dataset, tmp_path / "package", settings)
