@@ -125,7 +125,9 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
                 f"{path} does not exist; a scan, a series folder or a tree of them is needed. Look at the spelling."
             )
         if path.resolve() == out.resolve():
-            raise UsageError(f"{path} is both the input and --out; results need a folder of their own. Give another --out.")
+            raise UsageError(
+                f"{path} is both the input and --out; results need a folder of their own. Give another --out."
+            )
         seen = [path] if path.is_file() else list(_files_in(path, out))
         images = [file for file in seen if files.stem(file) != file.name]
         series, others = dicom.series_in([file for file in seen if files.stem(file) == file.name])
@@ -343,7 +345,7 @@ def _identity(scan: Scan) -> str:
 
 def _earlier(out: Path, current: set[str]) -> Iterator[Row]:
     """Complete cases that lie there from runs over other scans: the summary is of the folder, not of the command."""
-    for path in sorted(out.glob("*/report.json")):
+    for path in sorted(out.glob("[!.]*/report.json")):
         if path.parent.name not in current:
             with suppress(UnreadableReport):  # a report.json that is not ours, or damaged, is no result
                 yield Row(case_id=path.parent.name, status=EARLIER, report=Report.read(path))
@@ -369,9 +371,20 @@ def _alone_in(out: Path) -> Iterator[None]:
             raise UsageError(
                 f"another hilum writes into {out} now; one at a time can. Wait for it, or give another --out."
             ) from None
-        for leftover in out.glob(".*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        _clear_up(out)
         yield
+
+
+def _clear_up(out: Path) -> None:
+    """What a killed run left half-written or stepped aside."""
+    for retired in out.glob(".*.retired"):
+        folder = out / retired.name.removeprefix(".").removesuffix(".retired")
+        recover(folder)
+        shutil.rmtree(retired, ignore_errors=True)  # still there: the new one had stepped in
+    for partial in out.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    for part in out.glob(".*.part"):
+        part.unlink(missing_ok=True)
 
 
 def read_error(folder: Path) -> dict[str, str]:

@@ -33,8 +33,9 @@ class SafeCheckpoints(CheckpointIO):
 def _taken_apart(value: Any, place: str, tensors: dict[str, torch.Tensor]) -> Any:
     """The value as JSON. Dicts become lists of pairs, since an optimiser's keys are numbers and JSON's are not."""
     if isinstance(value, torch.Tensor):
-        tensors[place] = value.detach().cpu().contiguous().clone()  # safetensors refuses memory that is shared
-        return {"tensor": place}
+        name = f"{len(tensors)}{place}"  # numbered: a key may itself hold the stroke that divides keys
+        tensors[name] = value.detach().cpu().contiguous().clone()  # safetensors refuses memory that is shared
+        return {"tensor": name}
     if isinstance(value, dict):
         return {"dict": [[key, _taken_apart(item, f"{place}/{key}", tensors)] for key, item in value.items()]}
     if isinstance(value, list | tuple):

@@ -106,16 +106,25 @@ class ModelPackage:
             raise DamagedPackage(f"{path} is not as it was sealed (id {record.id[:12]}). {_FETCH_AGAIN}")
         for name, sha256 in record.files.items():
             _verify(folder, name, sha256)
+        for fold in record.folds.values():
+            if fold.weights not in record.files:
+                raise DamagedPackage(f"{path} names the weights {fold.weights}, which it does not seal. {_FETCH_AGAIN}")
         return ModelPackage(folder=folder, record=record)
 
     def networks(self) -> list["nn.Module"]:
         """The trained network of every fold, ready to evaluate."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         networks = []
         for fold in self.record.folds.values():
             network = build_network(self.record.network, self.record.network_config, self.plan)
-            network.load_state_dict(load_file(self.folder / fold.weights), strict=True)
+            try:
+                network.load_state_dict(load_file(self.folder / fold.weights), strict=True)
+            except (SafetensorError, RuntimeError) as error:  # sealed so by whoever made it
+                raise DamagedPackage(
+                    f"{fold.weights} holds no weights of this network ({error}). {_FETCH_AGAIN}"
+                ) from None
             networks.append(network.eval())
         return networks
 

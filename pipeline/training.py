@@ -56,8 +56,10 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     if workshop.has_job:
         job = workshop.resumed_job()
     else:
-        job = _new_job(opened, settings, _earlier_folds(out, settings), progress)
-        workshop.remember(job)
+        # every case is looked at whatever the plan: one that does not fit must be told, not skipped
+        fingerprint = take_fingerprint(opened, lambda done, of: progress("look at every case", done, of))
+        job = _new_job(opened, fingerprint, settings, _earlier_folds(out, settings))
+        workshop.begin(job, fingerprint)
     cases = cached(
         opened, job.plan, settings.cache or tracking.home() / "cache", lambda done, of: progress("prepare", done, of)
     )
@@ -116,6 +118,13 @@ class Workshop:
             )
         self.folder.mkdir(parents=True, exist_ok=True)
 
+    def begin(self, job: Job, fingerprint: Fingerprint) -> None:
+        """What the training is made of, before its first step; what MLflow is shown names no case."""
+        facts = encode(fingerprint) | {"cases": [encode(facts) for facts in fingerprint.cases.values()]}
+        (self.folder / "fingerprint.json").write_text(json.dumps(facts))
+        job.plan.write(self.folder / "plan.yaml")
+        self.remember(job)
+
     def remember(self, job: Job) -> None:
         partial = self.folder / ".job.json.partial"
         partial.write_text(json.dumps(encode(job), indent=2))
@@ -154,11 +163,9 @@ def _earlier_folds(out: Path, settings: Train) -> Package | None:
     return package
 
 
-def _new_job(dataset: Dataset, settings: Train, earlier: Package | None, progress: Progress) -> Job:
+def _new_job(dataset: Dataset, fingerprint: Fingerprint, settings: Train, earlier: Package | None) -> Job:
     module = networks.load(settings.network)
     options = decode(module.Config, settings.network_options, where=f"network_options of {settings.network}")
-    # every case is looked at whatever the plan: one that does not fit must be told, not skipped
-    fingerprint = take_fingerprint(dataset, lambda done, of: progress("look at every case", done, of))
     if earlier:
         plan, config = earlier.plan, decode(module.Config, earlier.network_config, where="package.json")
     else:
@@ -229,21 +236,16 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
     if not job.run_id:
         workshop.remember(replace(job, run_id=tracker.run_id))
         tracker.dataset(job.plan.name, job.plan.dataset, len(job.trained_on), "training")
-        tracker.text(_plan_text(job.plan, workshop), "plan.yaml")
+        for name in ("plan.yaml", "fingerprint.json"):
+            tracker.text((workshop.folder / name).read_text(), name)
         tracker.text(json.dumps(job.settings, indent=2), "settings.json")
     return tracker
-
-
-def _plan_text(plan: Plan, workshop: Workshop) -> str:
-    path = workshop.folder / "plan.yaml"
-    plan.write(path)
-    return path.read_text()
 
 
 @contextmanager
 def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
     """The run in MLflow ends as the training did: finished, failed, or killed by Ctrl-C or a scheduler's SIGTERM."""
-    with _stop_on_sigterm():
+    with _stopped_by_signals():
         try:
             yield
         except (KeyboardInterrupt, Interrupted):
@@ -256,20 +258,22 @@ def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_on_sigterm() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a training as Ctrl-C does; outside the main thread signals are the caller's affair."""
+def _stopped_by_signals() -> Iterator[None]:
+    """Ctrl-C and a scheduler's SIGTERM end a training alike; outside the main thread signals are the caller's affair."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def interrupt(*_: object) -> None:
-        raise Interrupted("stopped by SIGTERM; what was complete is kept. Go on with --resume.")
+        raise Interrupted("stopped; every complete epoch is kept. Go on with --resume.")
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # Lightning would turn Ctrl-C into an exit code of its own
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _fit(
@@ -302,8 +306,6 @@ def _fit(
         warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
         warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 on torch 2.15
         trainer.fit(module, ckpt_path=workshop.checkpoint, weights_only=None)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
     return module, trainer
 
 

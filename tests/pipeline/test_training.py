@@ -64,7 +64,11 @@ def run_of(package: Path, store: str):
 
 
 def test_a_training_leaves_a_package_and_nothing_else(undisturbed: Path) -> None:
-    assert sorted(path.name for path in undisturbed.iterdir()) == ["card.md", "package.json", "weights-fold0.safetensors"]
+    assert sorted(path.name for path in undisturbed.iterdir()) == [
+        "card.md",
+        "package.json",
+        "weights-fold0.safetensors",
+    ]
     assert not undisturbed.with_name("package.training").exists()
     fold = open_package(undisturbed).record.folds["0"]
     assert (fold.epochs, fold.cases_trained, fold.cases_held_out) == (EPOCHS, 4, 2)
@@ -76,7 +80,9 @@ def test_mlflow_holds_curves_pictures_plan_dataset_and_a_registered_package(undi
     assert run.info.status == "FINISHED"
     for key in ("train/loss", "val/loss", "val/dice_mean"):
         assert [point.step for point in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
-    assert {"plan.yaml", "settings.json", "images", "package"} <= {f.path for f in client.list_artifacts(run.info.run_id)}
+    assert {"plan.yaml", "fingerprint.json", "settings.json", "images", "package"} <= {
+        f.path for f in client.list_artifacts(run.info.run_id)
+    }
     assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["few"]
     assert {"network", "patch", "batch"} <= set(run.data.params) and len(run.data.params) <= 6
     assert run.data.tags["code"] and run.data.tags["dataset"]
@@ -89,6 +95,7 @@ def test_no_case_and_no_path_is_named_in_mlflow(undisturbed: Path, store: str, d
     told = json.dumps(run.to_dictionary(), default=str)
     told += "".join(f.path for f in client.list_artifacts(run.info.run_id, "images"))
     assert str(dataset) not in told
+    told += Path(client.download_artifacts(run.info.run_id, "fingerprint.json")).read_text()
     assert not any(f"p{seed}." in told or f'"p{seed}"' in told for seed in range(1, 7))
 
 
@@ -139,7 +146,10 @@ def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
         assert np.allclose(ours[name], weights, atol=1e-4), name  # threads add in any order
 
 
-def test_sigterm_marks_the_run_killed_and_keeps_what_is_needed_to_go_on(dataset: Path, store: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_stopped_training_says_so_and_keeps_what_it_needs_to_go_on(
+    dataset: Path, store: str, tmp_path: Path, number: signal.Signals
+) -> None:
     from mlflow import MlflowClient
 
     out = tmp_path / "package"
@@ -148,7 +158,7 @@ def test_sigterm_marks_the_run_killed_and_keeps_what_is_needed_to_go_on(dataset:
     words = [*command(dataset, out, store), "--experiment", "stopped"]
     with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True) as process:
         wait_for(workshop.folder / "last.ckpt", process)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         assert process.wait(60) == 130
         assert process.stderr is not None and "Traceback" not in process.stderr.read()
     run_id = workshop.resumed_job().run_id
@@ -182,7 +192,9 @@ def test_a_second_fold_joins_the_package_and_follows_its_plan(
     assert len(package.networks()) == 2 and package.id != before.id
 
 
-def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(
+    dataset: Path, undisturbed: Path, tmp_path: Path
+) -> None:
     import shutil
 
     spoilt = tmp_path / "spoilt"
