@@ -224,8 +224,8 @@ def label_table(values: dict[str, int]) -> tuple[Label, ...]:
 
 
 def _open_csv(path: Path) -> Dataset:
-    with path.open(newline="") as lines:
-        reader = csv.DictReader(lines)
+    with path.open(newline="", encoding="utf-8-sig") as lines:  # Excel opens a CSV with a byte order mark
+        reader = csv.DictReader(lines, restval="")
         columns = list(reader.fieldnames or ())
         rows = list(reader)
     channels = tuple(name for name in columns if name not in ("id", "labels"))
@@ -237,7 +237,10 @@ def _open_csv(path: Path) -> Dataset:
     for row in rows:
         images = tuple(path.parent / row[name] for name in channels)
         labels = path.parent / row["labels"]
-        missing = [str(p.relative_to(path.parent)) for p in (*images, labels) if not p.exists()]
+        named = [(name, row[name]) for name in (*channels, "labels")]
+        missing = [
+            file or f"a file for {name}" for name, file in named if not file or not (path.parent / file).exists()
+        ]
         findings += [Finding(case=row["id"], problem=f"{m} does not exist; correct the row.") for m in missing]
         cases.append(CaseFiles(id=row["id"], images=() if missing else images, labels=labels))
     findings += _bad_ids([case.id for case in cases])
@@ -257,6 +260,7 @@ def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Datase
         findings += _orphan(files, described.channels, images.name, labels.name)
         cases.append(files)
     findings += _bad_ids(list(grouped))
+    findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
     findings += _promised(described.promised, {case.id for case in cases})
     channels = described.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
     return Dataset(
@@ -361,6 +365,18 @@ def _bad_ids(ids: Sequence[str]) -> Iterator[Finding]:
             yield Finding(case=case_id, problem="is no name for a folder; use letters, digits, '-', '_' and '.' alone.")
         if ids.count(case_id) > 1:
             yield Finding(case=case_id, problem=f"is the id of {ids.count(case_id)} cases; each needs its own.")
+
+
+def _stored_twice(paths: Sequence[Path]) -> Iterator[Finding]:
+    """case.nii.gz beside case.nrrd: which of the two is meant must not be guessed."""
+    named: dict[str, list[str]] = {}
+    for path in paths:
+        named.setdefault(stem(path), []).append(path.name)
+    for name, files in named.items():
+        if len(files) > 1:
+            yield Finding(
+                case=name, problem=f"is stored {len(files)} times: {', '.join(files)}. Keep the one that is meant."
+            )
 
 
 def _promised(promised: Sequence[str], present: set[str]) -> Iterator[Finding]:

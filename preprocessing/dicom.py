@@ -217,7 +217,9 @@ def _why_no_slice(header: Dataset) -> str:
     if sop_class in NO_SCAN:
         return NO_SCAN[sop_class]
     if "Rows" not in header and sop_class not in SLICES:
-        return f"no image ({sop_class.name})" if sop_class else f"{DAMAGED}: a DICOM file that does not say what it is"
+        # a file that was cut short inside the name of its class bears the beginning of a slice's
+        cut_short = any(known.startswith(sop_class) for known in SLICES)
+        return f"{DAMAGED}: a DICOM file that does not say what it is" if cut_short else f"no image ({sop_class.name})"
     if "LOCALIZER" in image_type:
         return "a localizer, drawn to plan the scan"
     if sop_class == SecondaryCaptureImageStorage and not (
@@ -225,7 +227,7 @@ def _why_no_slice(header: Dataset) -> str:
     ):
         return "a secondary capture (a screenshot, a report) that does not lie in the patient"
     if not _text(header, "SeriesInstanceUID"):
-        return "an image that does not say to which series it belongs"
+        return f"{DAMAGED}: an image that does not say to which series it belongs"
     return ""
 
 

@@ -18,7 +18,8 @@ def grid(shape: Triple, patch: Triple, overlap: float) -> list[Triple]:
 
 def _starts(size: int, side: int, overlap: float) -> list[int]:
     assert size >= side, "a scan is padded to the window before it is cut into windows"
-    steps = int(np.ceil((size - side) / max(1, side * (1 - overlap)))) + 1
+    stride = max(1, int(side * (1 - overlap) + 1e-9))  # whole voxels: rounded starts never lie further apart than this
+    steps = -(-(size - side) // stride) + 1
     return [int(start) for start in np.round(np.linspace(0, size - side, steps))]
 
 
@@ -56,7 +57,8 @@ def draw(shape: Triple, patch: Triple, places: Places, rng: np.random.Generator)
     room = np.array(shape) - np.array(patch)
     if places.per_label and rng.random() < FOREGROUND:
         voxels = places.per_label[int(rng.choice(sorted(places.per_label)))]
-        centre = voxels[rng.integers(len(voxels))] + rng.integers(-2, 3, 3)
+        aside = np.minimum(2, (np.array(patch) - 1) // 2)  # a thin window must not miss the voxel it was drawn for
+        centre = voxels[rng.integers(len(voxels))] + rng.integers(-aside, aside + 1)
         start = np.clip(centre - np.array(patch) // 2, 0, room)
     else:
         start = rng.integers(0, room + 1)

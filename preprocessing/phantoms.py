@@ -64,7 +64,7 @@ def body(seed: int) -> Body:
     )
     kidney = Ellipsoid(
         tissue="kidney",
-        centre=np.array([-27.0, -6.0, -4.0]) + rng.uniform(-3, 3, 3),
+        centre=np.array([-29.0, -6.0, -4.0]) + rng.uniform(-3, 3, 3),
         radii=np.array([9.0, 8.0, 15.0]) * rng.uniform(0.88, 1.12, 3),
         rotation=_rotation(rng, 0.3),
     )

@@ -67,7 +67,7 @@ def _decode_union(kinds: tuple[Any, ...], record: Any, where: str) -> Any:
         return _decode(kinds[0], record, where)
     by_name = {kind.kind: kind for kind in kinds}
     name = record.get("kind") if isinstance(record, Mapping) else None
-    if name not in by_name:
+    if not isinstance(name, str) or name not in by_name:
         known = list(by_name)
         raise BadRecord(f"{where}: kind {name!r} is not known{nearest(str(name), known)} Known: {', '.join(known)}.")
     return _decode(by_name[name], {k: v for k, v in record.items() if k != "kind"}, f"{where} ({name})")

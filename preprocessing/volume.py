@@ -219,6 +219,11 @@ class Case:
 
 def stack(volumes: Sequence[Volume], channels: Sequence[str]) -> Volume:
     """Single-channel scans of one patient as one Volume; refused unless they share a grid."""
+    if len(volumes) != len(channels):
+        raise MissingChannel(
+            f"{len(volumes)} file(s) were met; {len(channels)} are needed, one for each of {', '.join(channels)}. "
+            "Add what is missing, or take away what does not belong."
+        )
     first = volumes[0]
     for name, other in zip(channels[1:], volumes[1:], strict=True):
         if not first.geometry.matches(other.geometry):
