@@ -128,6 +128,7 @@ class _Examined:
     facts: CaseFacts
     values: dict[int, int]
     sha256: str
+    image_sha256: str
 
 
 def _examine_all(
@@ -152,7 +153,12 @@ def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
         case = dataset.read(files)
     except ScanError as error:
         return _Examined(
-            id=files.id, findings=(Finding(case=files.id, problem=str(error)),), facts=nothing, values={}, sha256=""
+            id=files.id,
+            findings=(Finding(case=files.id, problem=str(error)),),
+            facts=nothing,
+            values={},
+            sha256="",
+            image_sha256="",
         )
     assert case.labels is not None
     values, counts = np.unique(case.labels.voxels, return_counts=True)
@@ -164,6 +170,7 @@ def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
         facts=_facts(case),
         values=found,
         sha256=case.image.provenance.sha256 + case.labels.provenance.sha256,
+        image_sha256=case.image.provenance.sha256,
     )
 
 
@@ -185,10 +192,10 @@ def _constant(case: Case) -> Iterator[str]:
 def _twins(examined: Sequence[_Examined]) -> Iterator[Finding]:
     seen: dict[str, str] = {}
     for one in examined:
-        if one.sha256 and one.sha256 in seen:
-            problem = f"is byte for byte the same as {seen[one.sha256]}; a patient in both training and validation flatters. Remove one."
+        if one.image_sha256 and one.image_sha256 in seen:
+            problem = f"has the very image of {seen[one.image_sha256]}; a patient in both training and validation flatters. Remove one."
             yield Finding(case=one.id, problem=problem)
-        seen.setdefault(one.sha256, one.id)
+        seen.setdefault(one.image_sha256, one.id)
 
 
 def _facts(case: Case) -> CaseFacts:
@@ -260,6 +267,7 @@ def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Datase
         findings += _orphan(files, described.channels, images.name, labels.name)
         cases.append(files)
     findings += _bad_ids(list(grouped))
+    findings += _gaps(_scans(images), set(grouped))
     findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
     findings += _promised(described.promised, {case.id for case in cases})
     channels = described.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
@@ -333,6 +341,19 @@ def _grouped(paths: Sequence[Path], labelled: set[str], channels: tuple[str, ...
         else:
             whole[name] = (path,)
     return whole | {case: tuple(files[n] for n in sorted(files)) for case, files in numbered.items()}
+
+
+def _gaps(paths: Sequence[Path], cases: set[str]) -> Iterator[Finding]:
+    """case_0000 and case_0002 are not the first two channels: a gap would give a network the wrong contrast."""
+    numbers: dict[str, list[int]] = {}
+    for path in paths:
+        match = re.fullmatch(r"(.+)_(\d{4})", stem(path))
+        if match and match[1] in cases and stem(path) not in cases:
+            numbers.setdefault(match[1], []).append(int(match[2]))
+    for case, found in numbers.items():
+        if sorted(found) != list(range(len(found))):
+            problem = f"has the channel numbers {sorted(found)}; 0 to {len(found) - 1}, each once, are needed. Add what is missing."
+            yield Finding(case=case, problem=problem)
 
 
 def _channel_count(grouped: dict[str, tuple[Path, ...]]) -> int:

@@ -1,0 +1,108 @@
+"""Windows cover every voxel, training finds what is rare, and nothing is read from beyond a scan's edge."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preprocessing.patches import FOREGROUND, Places, bell, cut, draw, grid
+
+QUIET = settings(derandomize=True, max_examples=80, deadline=None, database=None)
+SIDES = st.tuples(*[st.integers(1, 12)] * 3)
+EXTRA = st.tuples(*[st.integers(0, 30)] * 3)
+
+
+@QUIET
+@given(SIDES, EXTRA, st.sampled_from([0.0, 0.25, 0.5, 0.75]))
+def test_windows_cover_every_voxel_and_neighbours_share_at_least_the_overlap(patch, extra, overlap):
+    shape = tuple(int(n) for n in np.add(patch, extra))
+    starts = grid(shape, patch, overlap)
+    covered = np.zeros(shape, int)
+    for i, j, k in starts:
+        covered[i : i + patch[0], j : j + patch[1], k : k + patch[2]] += 1
+    assert covered.min() >= 1
+    assert len(set(starts)) == len(starts)
+    for axis in range(3):
+        along = sorted({start[axis] for start in starts})
+        assert along[0] == 0
+        assert along[-1] == shape[axis] - patch[axis]
+        stride = max(np.diff(along), default=0)
+        assert patch[axis] - stride >= overlap * patch[axis] or stride == 1
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "starts"), [(10, 10, [0]), (11, 10, [0, 1]), (20, 10, [0, 5, 10]), (3, 1, [0, 1, 2])]
+)
+def test_there_are_no_more_windows_than_the_overlap_asks_for(size, side, starts):
+    assert [i for i, _, _ in grid((size, 1, 1), (side, 1, 1), 0.5)] == starts
+
+
+@pytest.mark.parametrize("side", [1, 4, 7, 64])
+def test_a_window_is_trusted_most_in_its_middle_and_nowhere_not_at_all(side):
+    weights = bell(side)
+    np.testing.assert_allclose(weights, weights[::-1])
+    assert weights.min() > 0
+    assert (np.diff(weights[: (side + 1) // 2]) >= 0).all()
+    middle = np.arange(side) - (side - 1) / 2
+    near = np.abs(middle) < 3 * side / 8
+    np.testing.assert_allclose(weights[near], np.exp(-0.5 * (middle[near] / (side / 8)) ** 2), rtol=1e-5)
+
+
+@QUIET
+@given(SIDES, EXTRA, st.integers(0, 999))
+def test_a_drawn_window_lies_inside_the_scan(patch, extra, seed):
+    rng = np.random.default_rng(seed)
+    shape = tuple(int(n) for n in np.add(patch, extra))
+    labels = (rng.random((1, *shape)) < 0.05).astype(np.uint8)
+    places = Places.of(labels, rng)
+    for _ in range(10):
+        start = np.array(draw(shape, patch, places, rng))
+        assert (start >= 0).all()
+        assert (start + patch <= shape).all()
+
+
+@pytest.mark.parametrize("patch", [(12, 12, 12), (16, 16, 4), (16, 16, 1)])
+def test_a_rare_label_is_met_as_often_as_a_common_one(patch):
+    labels = np.zeros((1, 60, 60, 60), np.uint8)
+    labels[0, 10:50, 10:50, 10:50] = 1
+    labels[0, 5, 55, 7] = 2  # a lesion of one voxel
+    rng = np.random.default_rng(0)
+    places = Places.of(labels, rng)
+    windows = [cut(labels, draw((60, 60, 60), patch, places, rng), patch, 0) for _ in range(400)]
+    met = sum(bool((window == 2).any()) for window in windows) / 400
+    assert met == pytest.approx(FOREGROUND / 2, abs=0.08)
+
+
+def test_windows_are_drawn_anywhere_where_there_is_no_label():
+    rng = np.random.default_rng(0)
+    places = Places.of(np.zeros((1, 20, 20, 20), np.uint8), rng)
+    starts = np.array([draw((20, 20, 20), (4, 4, 4), places, rng) for _ in range(600)])
+    assert places.per_label == {}
+    assert (starts.min(axis=0) == 0).all()
+    assert (starts.max(axis=0) == 16).all()
+
+
+def test_places_keep_all_of_a_small_label_and_a_fair_sample_of_a_large_one():
+    labels = np.zeros((1, 40, 40, 40), np.uint16)
+    labels[0, :, :, 20:] = 300
+    labels[0, 3, 4, 5] = labels[0, 9, 9, 9] = 7
+    places = Places.of(labels, np.random.default_rng(0), most=500)
+    assert sorted(map(tuple, places.per_label[7].tolist())) == [(3, 4, 5), (9, 9, 9)]
+    large = places.per_label[300]
+    assert len(large) == 500
+    assert len(np.unique(large, axis=0)) == 500
+    assert (labels[0][tuple(large.T)] == 300).all()
+    np.testing.assert_allclose(large.mean(axis=0), [19.5, 19.5, 29.5], atol=2)
+
+
+@QUIET
+@given(SIDES, SIDES, st.tuples(*[st.integers(-15, 15)] * 3))
+def test_a_window_over_the_edge_holds_the_scan_where_it_is_and_the_given_value_elsewhere(shape, size, start):
+    voxels = np.arange(1, 2 * np.prod(shape) + 1, dtype=np.int32).reshape(2, *shape)
+    wide = np.pad(voxels, ((0, 0), *[(30, 30)] * 3), constant_values=-9)
+    i, j, k = np.add(start, 30)
+    expected = wide[:, i : i + size[0], j : j + size[1], k : k + size[2]]
+    window = cut(voxels, start, size, -9)
+    np.testing.assert_array_equal(window, expected)
+    assert window.dtype == voxels.dtype
+    assert not np.shares_memory(window, voxels)
