@@ -18,7 +18,7 @@ from preprocessing.records import decode, nearest
 
 from . import outputs, tracking
 from .config import Segment
-from .errors import Interrupted, UsageError, is_users
+from .errors import UsageError, is_users, stopped_by_signals
 from .index import Row, counts, write_index
 from .package import ModelPackage
 from .prediction import Inference, choose_device
@@ -63,7 +63,7 @@ def segment(
     how = Inference(overlap=settings.overlap, flips=settings.flips, device=settings.device)
     choose_device(how.device)
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out):
+    with _alone_in(out), stopped_by_signals("complete cases are kept. The same command goes on from there."):
         rows = list(_earlier(out, {scan.case_id for scan in found.scans}))
         written = time.monotonic()
         model: Model | None = None
@@ -78,9 +78,6 @@ def segment(
                 if time.monotonic() - written > INDEX_SECONDS:
                     _write_index(out, rows, found.left_alone, opened)
                     written = time.monotonic()
-        except KeyboardInterrupt:
-            done = sum(row.status in ("done", SKIPPED) for row in rows)
-            raise Interrupted(f"stopped with {done} case(s) complete. The same command goes on from there.") from None
         finally:
             _write_index(out, rows, found.left_alone, opened)
     return Batch(folder=out, rows=tuple(rows))
@@ -128,9 +125,17 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
             raise UsageError(
                 f"{path} is both the input and --out; results need a folder of their own. Give another --out."
             )
-        seen = [path] if path.is_file() else list(_files_in(path, out))
+        seen = _series_around(path) if path.is_file() else list(_files_in(path, out))
+        left_alone |= {
+            str(done.parent): "a result of hilum" for done in path.glob("**/report.json") if done.parent.parent != out
+        }
         images = [file for file in seen if files.stem(file) != file.name]
         series, others = dicom.series_in([file for file in seen if files.stem(file) == file.name])
+        if path.is_file():  # one slice stands for its series, and for no other in the folder
+            series = [one for one in series if path in one.paths]
+            others = {
+                file: reason for file, reason in others.items() if file == path or reason.startswith(dicom.DAMAGED)
+            }
         damaged = {file: reason for file, reason in others.items() if reason.startswith(dicom.DAMAGED)}
         left_alone |= {str(file): reason for file, reason in others.items() if file not in damaged}
         pieces = [_Piece(place=file, path=file, series=None) for file in images]
@@ -164,9 +169,15 @@ def _files_in(folder: Path, out: Path) -> Iterator[Path]:
         if path.name.startswith(".") or path.resolve() == out.resolve():
             continue
         if path.is_dir():
-            yield from _files_in(path, out)
+            if not (path / "report.json").exists():
+                yield from _files_in(path, out)
         elif path.is_file():
             yield path
+
+
+def _series_around(path: Path) -> list[Path]:
+    """The file; for a DICOM slice, everything beside it: its series lies there."""
+    return sorted(file for file in path.parent.iterdir() if file.is_file()) if dicom.is_dicom(path) else [path]
 
 
 def _home(paths: Sequence[Path]) -> Path:
@@ -258,7 +269,15 @@ def _short(words: str) -> str:
 def _input_files(scan: Scan) -> list[Path]:
     if scan.series:
         return [file for one in scan.series for file in one.paths]
-    return list(scan.paths)
+    return [file for path in scan.paths for file in (path, *_voxels_beside(path))]
+
+
+def _voxels_beside(header: Path) -> list[Path]:
+    """A .mhd or .nhdr names the files that hold its voxels; they are part of what is read."""
+    if header.suffix.lower() not in (".mhd", ".nhdr"):
+        return []
+    said = header.read_bytes()[:65536].decode("latin-1")
+    return [file for file in header.parent.iterdir() if file != header and file.is_file() and file.name in said]
 
 
 def _isolated(scan: Scan, model: Model, out: Path, settings: Segment, how: Inference) -> Row:

@@ -15,11 +15,16 @@
     UsageError (ValueError)             pipeline/errors.py          a command line or its files make no sense
     ├── UnreadableReport                pipeline/report.py          a report is damaged or is none
     └── NothingToEvaluate               pipeline/evaluation.py      no prediction has a reference
-    Interrupted (Exception)             pipeline/errors.py          stopped from outside; what was done is kept
+    Interrupted (BaseException)         pipeline/errors.py          stopped from outside; what was done is kept
 
 Every message has three parts: what was met, what was needed, what to do. Exit codes: 0 all done, 1 our fault, 2 the
 user's input, 3 some cases failed, 130 stopped.
 """
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class PackageError(RuntimeError):
@@ -38,8 +43,27 @@ class UsageError(ValueError):
     """A command line, or the files it names, make no sense together."""
 
 
-class Interrupted(Exception):
-    """Stopped from outside (Ctrl-C, SIGTERM). What was complete is kept."""
+class Interrupted(BaseException):
+    """Stopped from outside (Ctrl-C, SIGTERM). What was complete is kept; no `except Exception` may take it for a bad case."""
+
+
+@contextmanager
+def stopped_by_signals(kept: str) -> Iterator[None]:
+    """Ctrl-C and a scheduler's SIGTERM end the work alike; outside the main thread signals are the caller's affair."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted(f"stopped; {kept}")
+
+    # libraries would turn Ctrl-C into an exit code of their own
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def is_users(error: BaseException) -> bool:
@@ -47,5 +71,14 @@ def is_users(error: BaseException) -> bool:
 
     By name, not by class: importing every floor for its classes would cost a `--help` its speed.
     """
-    users = {"ScanError", "BadRecord", "UnknownNetwork", "UnknownOutput", "PackageError", "UsageError", "TrackingError"}
+    users = {
+        "ScanError",
+        "BadRecord",
+        "UnknownNetwork",
+        "UnknownOutput",
+        "PackageError",
+        "UsageError",
+        "TrackingError",
+        "PermissionError",
+    }
     return any(kind.__name__ in users for kind in type(error).__mro__)

@@ -3,8 +3,6 @@
 import json
 import logging
 import os
-import signal
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -31,7 +29,7 @@ from .checkpoint import SafeCheckpoints
 from .comparison import compare
 from .config import Train
 from .data import PreparedCase, Whole, Windows, cached, measure_machine, split
-from .errors import Interrupted, UsageError
+from .errors import Interrupted, UsageError, stopped_by_signals
 from .evaluation import dice
 from .package import Fold, ModelPackage, Package, build_network, save
 from .prediction import Inference, blended_logits, choose_device, segment_volume
@@ -245,7 +243,7 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
 @contextmanager
 def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
     """The run in MLflow ends as the training did: finished, failed, or killed by Ctrl-C or a scheduler's SIGTERM."""
-    with _stopped_by_signals():
+    with stopped_by_signals("every complete epoch is kept. Go on with --resume."):
         try:
             yield
         except (KeyboardInterrupt, Interrupted):
@@ -255,25 +253,6 @@ def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
             tracker.finish("FAILED")
             raise
         tracker.finish("FINISHED")
-
-
-@contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Ctrl-C and a scheduler's SIGTERM end a training alike; outside the main thread signals are the caller's affair."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise Interrupted("stopped; every complete epoch is kept. Go on with --resume.")
-
-    # Lightning would turn Ctrl-C into an exit code of its own
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _fit(

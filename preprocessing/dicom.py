@@ -546,7 +546,7 @@ def _common(
     data.SliceThickness = _decimal(volume.geometry.spacing[2])
     data.PatientPosition = "HFS"
     empty = ["PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber", "Manufacturer"]
-    empty += ["ReferringPhysicianName", "PositionReferenceIndicator", "AcquisitionNumber"]
+    empty += ["ReferringPhysicianName", "PositionReferenceIndicator", "AcquisitionNumber", "Laterality"]
     empty += ["KVP"] if modality == "CT" else ["ScanOptions", "RepetitionTime", "EchoTime", "EchoTrainLength"]
     for tag in empty:  # type 2: must be there, may be unknown
         setattr(data, tag, None)

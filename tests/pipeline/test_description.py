@@ -1,0 +1,67 @@
+"""`show` says in words what a file of ours holds, and refuses what it does not know."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.batch import segment
+from pipeline.config import Segment
+from pipeline.description import show
+from pipeline.errors import DamagedPackage, UsageError
+from preprocessing import dicom
+from preprocessing.plan import Plan
+from preprocessing.volume import UnreadableScan, Volume
+
+
+def test_a_scan_is_told_by_its_grid_its_values_and_its_place(scan_file: Callable[..., Path], tmp_path: Path) -> None:
+    words = show(scan_file(tmp_path / "scan.nii.gz", seed=2))
+    for part in ("scan.nii.gz: 14×18×11 voxels of 1.9×2.1×3.2 mm, LPS, oblique", "1 channel(s) of int16", "sha256"):
+        assert part in words
+
+
+def test_a_series_is_told_like_any_scan(make_scan: Callable[..., Volume], tmp_path: Path) -> None:
+    paths = dicom.write_series(make_scan(), tmp_path / "series", description="made up")
+    assert "14×18×11 voxels" in show(tmp_path / "series") and "14×18×11 voxels" in show(paths[0])
+
+
+def test_a_plan_is_told_with_its_reasons(make_plan: Callable[..., Plan], tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    replace(make_plan(), reasons={"patch": "it fits"}).write(tmp_path / "plan.yaml")
+    words = show(tmp_path / "plan.yaml")
+    for part in (
+        "tiny",
+        "liver (1), lesion (7)",
+        "orient > resample > normalise > pad",
+        "16×16×16",
+        "because: it fits",
+    ):
+        assert part in words
+
+
+def test_a_package_is_told_by_folder_or_file_and_only_when_whole(tiny: Path, tmp_path: Path) -> None:
+    assert show(tiny) == show(tiny / "package.json")
+    assert "Not a medical device" in show(tiny) and "Every byte is as it was packed." in show(tiny)
+    (tmp_path / "package.json").write_text("{}")
+    with pytest.raises(DamagedPackage):
+        show(tmp_path)
+
+
+def test_a_report_is_told_by_folder_or_file(tiny: Path, scan_file: Callable[..., Path], tmp_path: Path) -> None:
+    segment([scan_file(tmp_path / "a.nii.gz")], tiny, tmp_path / "out", Segment(outputs=("labels",)))
+    words = show(tmp_path / "out" / "a")
+    assert words == show(tmp_path / "out" / "a" / "report.json")
+    for part in ("a: done, by tiny", "liver", "lesion", " ml", "14×18×11 voxels", "files   labels.nii.gz"):
+        assert part in words
+
+
+def test_what_is_none_of_them_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UnreadableScan, match="neither DICOM"):
+        show(tmp_path / "notes.txt")
+    with pytest.raises(UsageError, match="does not exist"):
+        show(tmp_path / "nowhere")
+    (tmp_path / "strange.json").write_text("[1]")
+    with pytest.raises(UsageError, match="not a report"):
+        show(tmp_path / "strange.json")

@@ -1,0 +1,182 @@
+"""A package is what was written, byte for byte, or it is refused; and nothing in it is ever run."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from networks import UnknownNetwork
+from pipeline.errors import DamagedPackage, PackageError
+from pipeline.package import ModelPackage, build_network, card
+from pipeline.prediction import Inference, predict
+from preprocessing.plan import Plan
+from preprocessing.records import BadRecord, encode
+from preprocessing.steps import prepare
+from preprocessing.volume import Volume
+
+MakePackage = Callable[..., ModelPackage]
+
+
+@pytest.fixture
+def own(tiny: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(tiny, tmp_path / "own"))
+
+
+def test_what_was_saved_is_loaded(tiny: Path, make_plan: Callable[..., Plan]) -> None:
+    package = ModelPackage.load(tiny)
+    assert package.plan == make_plan() and package.name == "tiny" and len(package.id) == 64
+    assert {path.name for path in tiny.iterdir()} == {"package.json", "card.md", "weights-fold0.safetensors"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        trained = build_network(package.record.network, package.record.network_config, package.plan).eval()
+    (loaded,) = package.networks()
+    assert not loaded.training
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(tensor, loaded.state_dict()[name])
+
+
+def test_a_card_says_what_it_finds_how_well_and_what_it_is_not(tiny: Path) -> None:
+    text = card(ModelPackage.load(tiny).record)
+    assert text == (tiny / "card.md").read_text()
+    for words in ("Not a medical device", "| liver | 1 | 0.800 |", "| lesion | 7 | not present", "channel(s) mr"):
+        assert words in text
+
+
+@pytest.mark.parametrize("name", ["package.json", "card.md", "weights-fold0.safetensors"])
+def test_a_changed_byte_is_refused_wherever_it_is(own: Path, name: str) -> None:
+    path = own / name
+    whole = path.read_bytes()
+    luck = random.Random(7)
+    blank = [place for place, byte in enumerate(whole) if byte in b" \n"]
+    places = [0, len(whole) - 1, *luck.sample(range(len(whole)), 25), *luck.sample(blank, min(5, len(blank)))]
+    for place in places:
+        spoiled = bytearray(whole)
+        spoiled[place] = ord("\t") if spoiled[place] in b" \n" else spoiled[place] ^ (1 << luck.randrange(8))
+        path.write_bytes(spoiled)
+        with pytest.raises(PackageError):  # Damaged, or of a format or with a key nobody knows
+            ModelPackage.load(own)
+    for other in (whole[:-1], whole + b"\n", b""):
+        path.write_bytes(other)
+        with pytest.raises(DamagedPackage):
+            ModelPackage.load(own)
+    path.write_bytes(whole)
+    ModelPackage.load(own)
+
+
+@pytest.mark.parametrize("name", ["card.md", "weights-fold0.safetensors"])
+def test_a_missing_file_is_refused_by_name(own: Path, name: str) -> None:
+    (own / name).unlink()
+    with pytest.raises(DamagedPackage, match=name):
+        ModelPackage.load(own)
+
+
+def test_a_folder_without_a_package_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(PackageError, match="hilum train"):
+        ModelPackage.load(tmp_path)
+
+
+def resealed(folder: Path, change: Callable[[dict[str, str]], dict[str, str]], weights: str | None = None) -> None:
+    """A package whose writer lied: every seal is right."""
+    from pipeline import package
+
+    record = ModelPackage.load(folder).record
+    folds = {n: replace(fold, weights=weights or fold.weights) for n, fold in record.folds.items()}
+    record = replace(record, files=change(dict(record.files)), folds=folds)
+    record = replace(record, id=package._seal(record))
+    (folder / "package.json").write_text(package._rendered(record))
+
+
+@pytest.mark.parametrize("path", ["../weights-fold0.safetensors", "{parent}/weights-fold0.safetensors"])
+@pytest.mark.parametrize("is_listed", [True, False])
+def test_a_package_reaches_for_no_file_outside_itself(own: Path, path: str, is_listed: bool) -> None:
+    name = "weights-fold0.safetensors"
+    shutil.copy(own / name, own.parent / name)
+    path = path.format(parent=own.parent)
+    reseal(own, {path: ModelPackage.load(own).record.files[name]} if is_listed else {}, weights=path)
+    with pytest.raises(DamagedPackage):
+        ModelPackage.load(own)
+
+
+def reseal(folder: Path, listed: dict[str, str], weights: str = "weights-fold0.safetensors") -> None:
+    """A package whose writer lied: every seal is right."""
+    record = ModelPackage.load(folder).record
+    folds = {number: replace(fold, weights=weights) for number, fold in record.folds.items()}
+    record = replace(record, files=record.files | listed, folds=folds, id="")
+    sealed = hashlib.sha256(json.dumps(encode(record), sort_keys=True).encode()).hexdigest()
+    written = json.dumps(encode(replace(record, id=sealed)), indent=2, ensure_ascii=False) + "\n"
+    (folder / "package.json").write_text(written)
+
+
+class Bomb:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.place),)
+
+
+def pickled(bomb: Bomb, path: Path) -> None:
+    path.write_bytes(pickle.dumps(bomb))
+
+
+def saved_by_torch(bomb: Bomb, path: Path) -> None:
+    torch.save({"weight": bomb}, path)
+
+
+@pytest.mark.parametrize("write", [pickled, saved_by_torch])
+def test_a_pickle_is_never_opened_even_under_the_right_seal(
+    own: Path, tmp_path: Path, write: Callable[[Bomb, Path], None]
+) -> None:
+    write(Bomb(tmp_path / "boom"), tmp_path / "bomb")
+    weights = own / "weights-fold0.safetensors"
+    reseal(own, {weights.name: hashlib.sha256((tmp_path / "bomb").read_bytes()).hexdigest()})
+    shutil.copy(tmp_path / "bomb", weights)
+    package = ModelPackage.load(own)
+    with pytest.raises(DamagedPackage, match="no weights"):
+        package.networks()
+    assert not (tmp_path / "boom").exists()
+
+
+def test_another_fold_keeps_the_first_and_the_networks_are_averaged(
+    make_package: MakePackage, make_scan: Callable[..., Volume], tmp_path: Path
+) -> None:
+    folder = tmp_path / "package"
+    first = make_package(folder)
+    weights = (folder / "weights-fold0.safetensors").read_bytes()
+    both = make_package(folder, fold=1)
+    assert list(both.record.folds) == ["0", "1"] and both.id != first.id
+    assert (folder / "weights-fold0.safetensors").read_bytes() == weights
+    assert "0.850" in (folder / "card.md").read_text(), "the mean over folds"
+    assert [path.name for path in tmp_path.iterdir()] == ["package"], "nothing half-made is left"
+
+    prepared, _ = prepare(make_scan(), both.plan.steps)
+    how = Inference(device="cpu")
+    networks = both.networks()
+    alone = [predict(prepared, [network], both.plan, how, "").probabilities.voxels for network in networks]
+    together = predict(prepared, networks, both.plan, how, "").probabilities.voxels
+    np.testing.assert_allclose(together, (alone[0] + alone[1]) / 2, atol=1e-6)
+    assert np.abs(alone[0] - alone[1]).max() > 0.01
+
+
+def test_others_may_read_what_was_packed(tiny: Path) -> None:
+    for path in tiny.iterdir():
+        assert path.stat().st_mode & 0o044 == 0o044, "whoever may look into the folder may read the package"
+
+
+def test_a_network_is_built_by_name_and_settings_or_refused_with_the_nearest(make_plan: Callable[..., Plan]) -> None:
+    with pytest.raises(UnknownNetwork, match="residual_unet"):
+        build_network("residual_unett", {}, make_plan())
+    with pytest.raises(BadRecord, match="'width'"):
+        build_network("residual_unet", {"witdh": 4}, make_plan())
