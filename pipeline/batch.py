@@ -324,12 +324,12 @@ def _complete(scan: Scan, package: ModelPackage, out: Path, settings: Segment) -
     recover(folder)
     try:
         report = _report(folder)
-    except UnreadableReport:
+        if report is None or report.package_id != package.id or set(settings.outputs) - set(report.outputs):
+            return None
+        if any(not (folder / name).exists() for name in report.files) or report.input_sha256 != _identity(scan):
+            return None
+    except (UnreadableReport, OSError):
         return None  # told when the case's turn comes, and for this case alone
-    if report is None or report.package_id != package.id or set(settings.outputs) - set(report.outputs):
-        return None
-    if any(not (folder / name).exists() for name in report.files) or report.input_sha256 != _identity(scan):
-        return None
     (folder / "error.json").unlink(missing_ok=True)  # of a try with another package: no longer true
     return Row(case_id=scan.case_id, status=SKIPPED, report=report)
 

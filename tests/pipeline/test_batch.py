@@ -587,3 +587,25 @@ def test_one_slice_stands_for_its_whole_series_and_no_other(tiny: Path, make_sca
     shutil.copy(other[0], tmp_path / "series" / "stray.dcm")
     (found,) = find_scans([paths[3]], ("mr",), tmp_path / "out").scans
     assert sorted(found.series[0].paths) == sorted(paths)
+
+
+def test_a_scan_that_cannot_be_opened_any_more_stops_nobody(
+    tiny: Path, scan_file: ScanFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A share that is not mounted tonight, say: found by name, and gone when it is opened."""
+    scans = scan_file(tmp_path / "scans" / "a.nii.gz", seed=1).parent
+    scan_file(scans / "b.nii.gz", seed=2)
+    run(scans, tiny, tmp_path / "out")
+    really = files.sha256
+
+    def denied(paths: Iterable[Path]) -> str:
+        paths = list(paths)
+        if paths[0].name == "a.nii.gz":
+            raise PermissionError(13, "Permission denied", str(paths[0]))
+        return really(paths)
+
+    monkeypatch.setattr(files, "sha256", denied)
+    again = run(scans, tiny, tmp_path / "out")
+    assert statuses(again) == {"a": "failed", "b": "skipped as complete"}
+    assert "Permission denied" in read_error(tmp_path / "out" / "a")["message"]
+    assert (tmp_path / "out" / "a" / "report.json").exists(), "what was found before is kept"
