@@ -49,6 +49,8 @@ PICTURES = 5
 def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progress = silent) -> ModelPackage:  # noqa: B008
     """Train one fold on a dataset; the package appears at `out` when it is finished, and in the MLflow registry."""
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
+    if settings.resume and (packed := workshop.packed(out, settings.fold)):
+        return _last_steps(packed, settings, workshop)
     workshop.open(out, settings)
     opened = open_dataset(dataset)
     if workshop.has_job:
@@ -69,6 +71,15 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
         held_out = [files for files in opened.cases if files.id in set(job.held_out)]
         scores = _score(opened, held_out, module.network, job.plan, settings.device, tracker, module, progress)
         package = _pack(out, job, settings, module, trainer, scores, tracker)
+    workshop.close()
+    return package
+
+
+def _last_steps(package: ModelPackage, settings: Train, workshop: "Workshop") -> ModelPackage:
+    """What a training killed after its package was whole has left to do."""
+    tracker = _open_tracker(workshop.resumed_job(), settings, workshop)
+    with _ended_honestly(tracker):
+        _register(package, tracker)
     workshop.close()
     return package
 
@@ -100,6 +111,14 @@ class Workshop:
     def checkpoint(self) -> Path | None:
         path = self.folder / "last.ckpt"
         return path if path.exists() else None
+
+    def packed(self, out: Path, fold: int) -> ModelPackage | None:
+        """The package this training made already, if it was killed after that."""
+        if not (self.has_job and (out / "package.json").exists()):
+            return None
+        package, run_id = ModelPackage.load(out), self.resumed_job().run_id
+        made = package.record.folds.get(str(fold))
+        return package if made and run_id and made.run_id == run_id else None
 
     def open(self, out: Path, settings: Train) -> None:
         """Fail now, not after an hour: a place that can be written, nothing of value in the way."""
@@ -502,8 +521,12 @@ def _pack(
         fold_number=settings.fold,
         fold=fold,
     )
-    try:
-        tracker.register(out, package.name, aliases=("latest",), note=f"package {package.id[:12]}")
-    except tracking.TrackingError as error:
-        logger.warning("%s is finished but not registered: %s", out, error)
+    _register(package, tracker)
     return package
+
+
+def _register(package: ModelPackage, tracker: tracking.Tracker) -> None:
+    try:
+        tracker.register(package.folder, package.name, aliases=("latest",), note=f"package {package.id[:12]}")
+    except tracking.TrackingError as error:
+        logger.warning("%s is finished but not registered: %s", package.folder, error)

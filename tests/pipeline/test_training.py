@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from pipeline import tracking
 from pipeline.batch import open_package, segment
 from pipeline.config import Segment, Train
-from pipeline.errors import UsageError
+from pipeline.errors import Interrupted, UsageError
 from pipeline.training import Workshop, train
 from preprocessing import files
 from preprocessing.datasets import DatasetError
@@ -144,6 +144,26 @@ def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
     ours, theirs = (load_file(folder / "weights-fold0.safetensors") for folder in (out, undisturbed))
     for name, weights in theirs.items():
         assert np.allclose(ours[name], weights, atol=1e-4), name  # threads add in any order
+
+
+def test_stopped_between_package_and_registry_a_training_only_registers(
+    dataset: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = WORDS | {"epochs": 1}
+    settings = Train(**words, tracking_uri=store, cache=tmp_path / "cache", model="late", resume=True)
+
+    def stopped(*_: object, **__: object) -> str:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tracking.Tracker, "register", stopped)
+        with pytest.raises(Interrupted):
+            train(dataset, tmp_path / "package", settings)
+    made = open_package(tmp_path / "package")
+    assert train(dataset, tmp_path / "package", settings).id == made.id
+    assert open_package("models:/late@latest", store).id == made.id
+    assert run_of(tmp_path / "package", store)[1].info.status == "FINISHED"
+    assert not (tmp_path / "package.training").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
