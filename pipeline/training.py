@@ -51,8 +51,8 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
     if settings.resume and (packed := workshop.packed(out, settings.fold)):
         return _last_steps(packed, settings, workshop)
-    workshop.open(out, settings)
     opened = open_dataset(dataset)
+    workshop.open(out, settings)
     if workshop.has_job:
         job = workshop.resumed_job()
     else:
