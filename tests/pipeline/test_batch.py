@@ -547,11 +547,14 @@ def test_killed_three_times_it_redoes_at_most_the_case_in_hand(tiny: Path, make_
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(tiny: Path, make_scan: MakeScan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_stopped_it_says_so_and_the_same_command_goes_on(
+    tiny: Path, make_scan: MakeScan, tmp_path: Path, number: signal.Signals
+) -> None:
     scans, out = six_scans(make_scan, tmp_path / "scans"), tmp_path / "out"
     process = begin(scans, tiny, out)
     wait_until(lambda: complete_cases(out), process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "complete" in told and "Traceback" not in told
