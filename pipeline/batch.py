@@ -1,7 +1,6 @@
 """Many scans: found, segmented one by one, each by itself; what is complete is never done twice, what fails is said why."""
 
 import fcntl
-import json
 import logging
 import re
 import shutil
@@ -125,10 +124,7 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str], out: Path) -> Fi
             raise UsageError(
                 f"{path} is both the input and --out; results need a folder of their own. Give another --out."
             )
-        seen = _series_around(path) if path.is_file() else list(_files_in(path, out))
-        left_alone |= {
-            str(done.parent): "a result of hilum" for done in path.glob("**/report.json") if done.parent.parent != out
-        }
+        seen = _series_around(path) if path.is_file() else list(_files_in(path, out, left_alone))
         images = [file for file in seen if files.stem(file) != file.name]
         series, others = dicom.series_in([file for file in seen if files.stem(file) == file.name])
         if path.is_file():  # one slice stands for its series, and for no other in the folder
@@ -163,14 +159,15 @@ class _Piece:
         return files.stem(self.place)
 
 
-def _files_in(folder: Path, out: Path) -> Iterator[Path]:
-    """Every file below, in order; hidden ones and our own results are nobody's input."""
+def _files_in(folder: Path, out: Path, left_alone: dict[str, str]) -> Iterator[Path]:
+    """Every file below, in order; hidden ones and `out` are nobody's input, earlier results are named and left alone."""
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.resolve() == out.resolve():
             continue
-        if path.is_dir():
-            if not (path / "report.json").exists():
-                yield from _files_in(path, out)
+        if (path / "report.json").exists():
+            left_alone[str(path)] = "a result of hilum"
+        elif path.is_dir():
+            yield from _files_in(path, out, left_alone)
         elif path.is_file():
             yield path
 
@@ -404,8 +401,3 @@ def _clear_up(out: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
     for part in out.glob(".*.part"):
         part.unlink(missing_ok=True)
-
-
-def read_error(folder: Path) -> dict[str, str]:
-    """Why a case failed, as `error.json` says."""
-    return json.loads((folder / "error.json").read_text())

@@ -1,6 +1,5 @@
 """Words to config to verb to exit code. Decides nothing; what is heavy is imported inside each branch."""
 
-import difflib
 import os
 import sys
 import time
@@ -8,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
+
+from preprocessing.records import nearest
 
 from .errors import Interrupted, UsageError, is_users
 
@@ -60,8 +61,9 @@ class Verb:
 
 def _run(name: str, words: list[str]) -> int:
     if name not in VERBS:
-        close = difflib.get_close_matches(name, list(VERBS), n=1)
-        raise UsageError(f"{name!r} is no verb of hilum{_meant(close)} `hilum --help` lists them all.")
+        raise UsageError(
+            f"{name!r} is no verb of hilum{nearest(name, list(VERBS)) or '.'} `hilum --help` lists them all."
+        )
     parser = _parser(name)
     try:
         said = parser.parse_args([_with_underscores(word) for word in words])
@@ -95,15 +97,11 @@ def _parse_error(error: Exception, words: Sequence[str], parser: "ArgumentParser
     text = " ".join(str(error).split())
     unknown = [word.split("=")[0] for word in words if word.startswith("--")]
     unknown = [_with_underscores(word) for word in unknown]
-    hints = [_meant(difflib.get_close_matches(w, known, n=1)) for w in unknown if w.split(".")[0] not in known]
+    hints = [nearest(w, known) or "." for w in unknown if w.split(".")[0] not in known]
     if "is not accepted" in text:  # a key of a file; the command line spells options with --
         key = text.split("'")[1]
-        hints += [_meant([c[2:] for c in difflib.get_close_matches(f"--{key}", known, n=1)])]
+        hints.append(nearest(key, [option.removeprefix("--") for option in known]) or ".")
     return f"{text}{''.join(hints)} `{parser.prog} --help` lists what may be said."
-
-
-def _meant(close: Sequence[str]) -> str:
-    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _overview() -> str:

@@ -153,9 +153,8 @@ def save(
         for earlier in before.folds.values():
             shutil.copy2(folder / earlier.weights, building / earlier.weights)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    (building / fold.weights).write_bytes(
-        serialise(state)
-    )  # safetensors' own file would be readable by its writer alone
+    # not by safetensors' own save_file: what it writes is readable by its writer alone
+    (building / fold.weights).write_bytes(serialise(state))
     folds = (before.folds if before else {}) | {str(fold_number): fold}
     record = Package(
         format=FORMAT,

@@ -267,7 +267,7 @@ def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Datase
         findings += _orphan(files, described.channels, images.name, labels.name)
         cases.append(files)
     findings += _bad_ids(list(grouped))
-    findings += _gaps(_scans(images), set(grouped))
+    findings += _gaps(_numbered(_scans(images), set(label_files)))
     findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
     findings += _promised(described.promised, {case.id for case in cases})
     channels = described.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
@@ -331,28 +331,30 @@ def _scans(folder: Path) -> list[Path]:
 
 def _grouped(paths: Sequence[Path], labelled: set[str], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
     """nnU-Net writes case_0000, case_0001, one per channel; elsewhere a file is a case."""
-    numbered: dict[str, dict[int, Path]] = {}
-    whole: dict[str, tuple[Path, ...]] = {}
-    for path in paths:
-        name = stem(path)
-        match = re.fullmatch(r"(.+)_(\d{4})", name)
-        if match and name not in labelled:
-            numbered.setdefault(match[1], {})[int(match[2])] = path
-        else:
-            whole[name] = (path,)
-    return whole | {case: tuple(files[n] for n in sorted(files)) for case, files in numbered.items()}
+    numbered = _numbered(paths, labelled)
+    channel_files = {path for found in numbered.values() for _, path in found}
+    whole = {stem(path): (path,) for path in paths if path not in channel_files}
+    return whole | {case: tuple(path for _, path in sorted(dict(found).items())) for case, found in numbered.items()}
 
 
-def _gaps(paths: Sequence[Path], cases: set[str]) -> Iterator[Finding]:
-    """case_0000 and case_0002 are not the first two channels: a gap would give a network the wrong contrast."""
-    numbers: dict[str, list[int]] = {}
+def _numbered(paths: Sequence[Path], labelled: set[str]) -> dict[str, list[tuple[int, Path]]]:
+    """Per case its channel files with their numbers; a file whose whole name has labels is no channel."""
+    found: dict[str, list[tuple[int, Path]]] = {}
     for path in paths:
         match = re.fullmatch(r"(.+)_(\d{4})", stem(path))
-        if match and match[1] in cases and stem(path) not in cases:
-            numbers.setdefault(match[1], []).append(int(match[2]))
-    for case, found in numbers.items():
-        if sorted(found) != list(range(len(found))):
-            problem = f"has the channel numbers {sorted(found)}; 0 to {len(found) - 1}, each once, are needed. Add what is missing."
+        if match and stem(path) not in labelled:
+            found.setdefault(match[1], []).append((int(match[2]), path))
+    return found
+
+
+def _gaps(numbered: dict[str, list[tuple[int, Path]]]) -> Iterator[Finding]:
+    """case_0000 and case_0002 are not the first two channels: a gap would give a network the wrong contrast."""
+    for case, files in numbered.items():
+        found = sorted(number for number, _ in files)
+        if found != list(range(len(found))):
+            problem = (
+                f"has the channel numbers {found}; 0 to {len(found) - 1}, each once, are needed. Add what is missing."
+            )
             yield Finding(case=case, problem=problem)
 
 

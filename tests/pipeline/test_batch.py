@@ -19,7 +19,7 @@ import SimpleITK
 import torch
 from torch import nn
 
-from pipeline.batch import Batch, find_scans, open_package, read_error, segment
+from pipeline.batch import Batch, find_scans, open_package, segment
 from pipeline.cli import main
 from pipeline.config import Segment
 from pipeline.errors import PackageError, UsageError
@@ -41,6 +41,10 @@ MakeScan = Callable[..., Volume]
 
 def run(scans: Path | list[Path], package: Path, out: Path, settings: Segment = LABELS_ALONE) -> Batch:
     return segment(scans if isinstance(scans, list) else [scans], package, out, settings)
+
+
+def read_error(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "error.json").read_text())
 
 
 def statuses(batch: Batch) -> dict[str, str]:
