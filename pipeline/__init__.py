@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import segment
+    from .checking import check
+    from .conversion import convert
     from .demonstration import demo
     from .description import show
     from .evaluation import evaluate
-    from .planning import check, plan
+    from .planning import plan
     from .tracking import serve as ui
     from .training import train
 
-__all__ = ["check", "demo", "evaluate", "plan", "segment", "show", "train", "ui"]
+__all__ = ["check", "convert", "demo", "evaluate", "plan", "segment", "show", "train", "ui"]
 
 _HOMES = {
-    "check": ("planning", "check"),
+    "check": ("checking", "check"),
+    "convert": ("conversion", "convert"),
     "demo": ("demonstration", "demo"),
     "evaluate": ("evaluation", "evaluate"),
     "plan": ("planning", "plan"),

@@ -2,18 +2,21 @@
 
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from preprocessing.records import nearest
 
+from .bar import Bar
 from .errors import Interrupted, UsageError, is_users
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser, Namespace
+
+    from preprocessing.reading import Reading
 
 DONE, OURS, USERS, SOME_FAILED, STOPPED = 0, 1, 2, 3, 130
 
@@ -136,7 +139,7 @@ def _sentences(settings: type) -> dict[str, str]:
 
 
 def _comma_list(words: Any) -> tuple[str, ...]:
-    return tuple(words.split(",") if isinstance(words, str) else words)
+    return tuple(word.strip() for word in (words.split(",") if isinstance(words, str) else words) if word.strip())
 
 
 def _decoded(settings: type, said: "Namespace") -> Any:
@@ -144,41 +147,6 @@ def _decoded(settings: type, said: "Namespace") -> Any:
         return settings(**{field.name: getattr(said, field.name) for field in fields(settings)})
     except ValueError as error:
         raise UsageError(str(error)) from None
-
-
-class Bar:
-    """A line on stderr that tells the truth: it appears after two seconds, its rate is measured, it ends at the end."""
-
-    def __init__(self) -> None:
-        self.stage = ""
-        self.started = self.shown = 0.0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, stage: str, done: float, of: float, note: str = "") -> None:
-        now = time.monotonic()
-        if stage != self.stage:
-            self.stage, self.started, self.shown, self.at_start = stage, now, now + 1.5, done
-        finished = done >= of
-        if finished and now - self.started < 2:
-            return
-        if not finished and now - self.shown < (0.2 if self.live else 15):
-            return
-        self.shown = now
-        share = min(1.0, done / of) if of else 1.0
-        line = f"{stage:<22} {'█' * int(share * 24):<24} {share:4.0%}  {_left(now - self.started, done - self.at_start, of - done)}  {note}"
-        end = "\n" if finished or not self.live else ""
-        sys.stderr.write(f"\r\033[K{line}{end}" if self.live else f"{line}\n")
-        sys.stderr.flush()
-
-
-def _left(spent: float, done: float, left: float) -> str:
-    if left <= 0:
-        return f"{_clock(spent)} in all "
-    return f"{_clock(spent / done * left)} left   " if done > 0 else " " * 13
-
-
-def _clock(seconds: float) -> str:
-    return f"{int(seconds) // 60:2d}:{int(seconds) % 60:02d}"
 
 
 def _say(words: str) -> None:
@@ -205,32 +173,104 @@ def _describe_dataset(parser: "ArgumentParser") -> None:
     parser.add_argument("dataset", type=Path, help="A Decathlon or nnU-Net folder, images/ + labels/, or a CSV.")
 
 
-def _check(said: "Namespace") -> int:
-    from .planning import check
+def _describe_reading(parser: "ArgumentParser") -> None:
+    """The settings of reading, for verbs that have no config."""
+    from preprocessing.reading import Reading
 
-    found = check(said.dataset, Bar())
-    for finding in found.findings:
-        print(finding)
-    labels = ", ".join(found.labels) or "found by looking"
-    _say(f"{found.name} ({found.layout}): {found.cases} cases, channels {', '.join(found.channels)}, labels {labels}")
-    if found.findings:
-        _say(f"{len(found.findings)} thing(s) do not fit; nothing was changed.")
-        return USERS
-    _say("every case fits.")
-    return DONE
+    said = _sentences(Reading)
+    parser.add_argument("--allow", type=_comma_list, default=(), help=said["allow"])
+    parser.add_argument("--match", default="", help=said["match"])
+
+
+def _describe_channels(parser: "ArgumentParser") -> None:
+    help = "Names that bring files or series together to one case, as a package's channels do: t1,t2,flair."
+    parser.add_argument("--channels", type=_comma_list, default=(), help=help)
+    _describe_reading(parser)
+
+
+def _reading(said: "Namespace") -> "Reading":
+    from .config import reading_of
+
+    try:
+        return reading_of(said.allow, said.match)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _describe_check(parser: "ArgumentParser") -> None:
+    parser.add_argument("path", type=Path, help="A scan, a tree of anything, or a dataset as `train` takes it.")
+    parser.add_argument("--json", type=Path, help="A file for everything that was found, for programs.")
+    parser.add_argument("--all", action="store_true", help="Name every file left alone, and every case of a dataset.")
+    _describe_channels(parser)
+
+
+def _check(said: "Namespace") -> int:
+    reading = _reading(said)
+    if said.json and not said.json.resolve().parent.is_dir():
+        raise UsageError(f"{said.json} lies in no folder; one that exists is needed. Make it, or look at the spelling.")
+    from .checking import check
+    from .report import as_json, write_whole
+    from .verdicts import counted, left_alone, table
+
+    found = check(said.path, reading, said.channels, Bar())
+    if said.json:
+        write_whole(said.json, as_json(found.records()))
+    shown = {case: v for case, v in found.verdicts.items() if said.all or not found.layout or v.word != "fine"}
+    told = [part for part in (table(shown, _columns()), left_alone(found.left_alone, said.path, said.all)) if part]
+    if told:
+        print("\n\n".join(told))
+    if found.layout:
+        labels = ", ".join(found.labels) or "found by looking"
+        _say(f"{found.name} ({found.layout}): channels {', '.join(found.channels)}, labels {labels}")
+    alone = f"; {len(found.left_alone)} files left alone" if found.left_alone else ""
+    _say(counted([verdict.word for verdict in found.verdicts.values()]) + alone)
+    if found.layout:
+        _say("every case fits." if found.fits else f"{len(found.findings)} thing(s) do not fit; nothing was changed.")
+    return DONE if found.fits else USERS
+
+
+def _columns() -> int:
+    """How wide a table may be: the terminal, where there is one and it is not absurd."""
+    return max(60, min(140, get_terminal_size((100, 24)).columns))
+
+
+def _describe_convert(parser: "ArgumentParser") -> None:
+    parser.add_argument("scan", type=Path, nargs="+", help="Files, DICOM series, or trees of any mix of them.")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        help="A folder per case: image.nii.gz, verdict.json; summary.csv, summary.json.",
+    )
+    _describe_channels(parser)
+
+
+def _convert(said: "Namespace") -> int:
+    reading = _reading(said)
+    from .conversion import convert
+    from .verdicts import counted, printable
+
+    batch = convert(said.scan, said.out, reading, said.channels, Bar())
+    for row in batch.failed:
+        _say(printable(f"{row.case_id}: {row.message}"))
+    _say(counted([row.report.word if row.report else "" for row in batch.rows]))
+    _say(f"{batch.told()}; see {said.out / 'summary.csv'}")
+    return SOME_FAILED if batch.failed else DONE
 
 
 def _describe_plan(parser: "ArgumentParser") -> None:
     _describe_dataset(parser)
     parser.add_argument("--out", type=Path, required=True, help="The YAML to write.")
     parser.add_argument("--device", default="auto", help="Plan for cpu, cuda, or auto: a GPU where there is one.")
+    _describe_reading(parser)
 
 
 def _plan(said: "Namespace") -> int:
+    reading = _reading(said)
     from .description import show
     from .planning import plan
 
-    plan(said.dataset, said.out, said.device, Bar())
+    plan(said.dataset, said.out, said.device, Bar(), reading)
     print(show(said.out))
     return DONE
 
@@ -341,10 +381,16 @@ VERBS = {
         act=_demo,
     ),
     "check": Verb(
-        usage="check DATASET",
-        does="Reads every case, says what is wrong; exit code 2 if anything is.",
-        describe=_describe_dataset,
+        usage="check PATH [--json FILE] [--all]",
+        does="Says what every scan of a tree or dataset is, and whether it is fine, repaired or refused; exit code 2 if any is.",
+        describe=_describe_check,
         act=_check,
+    ),
+    "convert": Verb(
+        usage="convert SCAN... --out DIR [--allow tilt,gaps]",
+        does="Reads scans exactly as segment does and writes NIfTI, the verdict and its reason beside each.",
+        describe=_describe_convert,
+        act=_convert,
     ),
     "plan": Verb(
         usage="plan DATASET --out PLAN.yaml",

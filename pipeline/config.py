@@ -4,9 +4,15 @@ The command line and the files in configs/ are decoded into these by jsonargpars
 when it takes a decision off someone; what follows from the data is a rule in preprocessing/plan.py instead.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from preprocessing.reading import Reading
+from preprocessing.records import nearest
+
+from .errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +55,10 @@ class Train:
     """The MLflow experiment; by default the dataset's name."""
     model: str | None = None
     """The name the package is registered under; by default the dataset's name."""
+    allow: tuple[str, ...] = ()
+    """Repairs of scans that are allowed, separated by commas: tilt, uneven, gaps, few, nan, sform, qform."""
+    match: str = ""
+    """The channel onto whose grid the others are resampled where they do not share one."""
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.epochs is not None:
@@ -57,6 +67,12 @@ class Train:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")
+        _ = self.reading
+
+    @property
+    def reading(self) -> Reading:
+        """How scans are read."""
+        return reading_of(self.allow, self.match)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +91,29 @@ class Segment:
     """cpu, cuda, or auto: a GPU where there is one."""
     tracking_uri: str | None = None
     """Where a package named models:/NAME@ALIAS is fetched from; by default hilum's home."""
+    allow: tuple[str, ...] = ()
+    """Repairs of scans that are allowed, separated by commas: tilt, uneven, gaps, few, nan, sform, qform."""
+    match: str = ""
+    """The channel onto whose grid the others are resampled where they do not share one."""
+
+    def __post_init__(self) -> None:
+        _ = self.reading
+
+    @property
+    def reading(self) -> Reading:
+        """How scans are read."""
+        return reading_of(self.allow, self.match)
+
+
+def reading_of(allow: Sequence[str], match: str) -> Reading:
+    """The settings of reading, the same whatever the order of the words."""
+    return Reading(allow=tuple(sorted({word.strip() for word in allow} - {""})), match=match)
+
+
+def refuse_unknown_match(reading: Reading, channels: Sequence[str]) -> None:
+    """A channel to match that is none is told before anything is read."""
+    if reading.match and reading.match not in channels:
+        raise UsageError(
+            f"match names {reading.match!r}, which is not among the channels; one of "
+            f"{', '.join(channels) or 'several named ones (--channels)'} is needed{nearest(reading.match, channels) or '.'}"
+        )

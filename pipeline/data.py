@@ -22,7 +22,10 @@ from preprocessing.augment import IGNORED, augment, draw_turn
 from preprocessing.datasets import CaseFiles, Dataset
 from preprocessing.patches import Places, cut, draw
 from preprocessing.plan import Machine, Plan
+from preprocessing.records import encode
 from preprocessing.steps import prepare
+
+from .scan import beside
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,8 @@ class PreparedCase:
 def cached(
     dataset: Dataset, plan: Plan, cache: Path, progress: Callable[[int, int], None] = lambda done, of: None
 ) -> list[PreparedCase]:
-    """Every case prepared once. The key is the plan and the case's own bytes; a killed run leaves only whole cases."""
+    """Every case prepared once. The key is the plan, how scans are read, and the case's own files; a killed run leaves
+    only whole cases."""
     root = cache / plan.digest[:16]
     complete = [files for files in dataset.cases if files.images and files.labels]
     prepared = []
@@ -90,7 +94,7 @@ def _cached_case(dataset: Dataset, files: CaseFiles, plan: Plan, root: Path) -> 
     stamps = [
         (str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in _all_files((*files.images, files.labels))
     ]
-    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([stamps, encode(dataset.reading)]).encode()).hexdigest()[:16]
     folder = root / f"{files.id}-{key}"
     if not (folder / "complete").exists():
         _prepare_case(dataset, files, plan, folder)
@@ -98,8 +102,8 @@ def _cached_case(dataset: Dataset, files: CaseFiles, plan: Plan, root: Path) -> 
 
 
 def _all_files(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are; a DICOM folder as its files."""
-    return [one for path in paths for one in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    """Files as they are, with the voxels that lie beside a header; a DICOM folder as its files."""
+    return [one for path in paths for one in (sorted(path.iterdir()) if path.is_dir() else [path, *beside(path)])]
 
 
 def _prepare_case(dataset: Dataset, files: CaseFiles, plan: Plan, folder: Path) -> None:

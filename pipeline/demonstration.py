@@ -9,13 +9,15 @@ from preprocessing import dicom, files
 from preprocessing.phantoms import CHANNELS, LABELS, body, phantom
 from preprocessing.volume import Case
 
-from .batch import Batch, segment
+from .batch import segment
+from .checking import check
 from .config import Segment, Train
 from .errors import UsageError
 from .evaluation import Evaluation, evaluate
-from .planning import check, plan
+from .planning import plan
 from .progress import Progress, silent
-from .report import millilitres
+from .report import Report, millilitres
+from .results import Batch
 from .training import train
 
 TRAINED, UNSEEN = range(1, 21), range(101, 105)
@@ -28,7 +30,7 @@ class Demo:
 
     folder: Path
     evaluation: Evaluation
-    batch: Batch
+    batch: Batch[Report]
     tracking_uri: str
     known_ml: dict[str, dict[str, float]]
     """Per unseen patient: the exact millilitres of each label, by geometry."""
@@ -41,7 +43,7 @@ def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
     dataset, unseen, references = out / "dataset", out / "unseen", out / "references"
     _write_dataset(dataset, progress)
     _write_unseen(unseen, references, progress)
-    findings = check(dataset, progress).findings
+    findings = check(dataset, progress=progress).findings
     assert not findings, findings
     plan(dataset, out / "plan.yaml", progress=progress)
     uri = f"sqlite:///{(out / 'mlflow.db').resolve()}"

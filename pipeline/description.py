@@ -1,13 +1,19 @@
 """Any file of ours, or a scan, in words a person can read."""
 
 from pathlib import Path
+from typing import Any
 
-from preprocessing import files
+from preprocessing import dicom, files
 from preprocessing.plan import Plan
+from preprocessing.verdict import Verdict
 
+from .checking import judge
+from .conversion import VERDICT, Conversion
 from .errors import UsageError
+from .finding import find_scans
 from .package import ModelPackage, card
 from .report import Report, millilitres
+from .verdicts import table
 
 
 def show(path: Path) -> str:
@@ -16,6 +22,8 @@ def show(path: Path) -> str:
         raise UsageError(f"{path} does not exist; a scan, plan, package or report is needed. Look at the spelling.")
     if (path / "package.json").exists() or path.name == "package.json":
         return _package(path if path.is_dir() else path.parent)
+    if (path / VERDICT).exists() or path.name == VERDICT:
+        return _conversion(path / VERDICT if path.is_dir() else path)
     if (path / "report.json").exists() or path.suffix == ".json":
         return _report(path)
     if path.suffix in (".yaml", ".yml"):
@@ -34,11 +42,11 @@ def _report(path: Path) -> str:
     lines += [f"  {name:<20} {millilitres(ml):>12}" for name, ml in report.volumes_ml.items()]
     lines += [f"  warning: {warning}" for warning in report.warnings]
     lines += [f"  repaired: {repair}" for repair in report.repairs]
-    grid = report.grid
-    shape, spacing = "×".join(map(str, grid["shape"])), "×".join(f"{s:.3g}" for s in grid["spacing_mm"])
+    lines += [f"  note: {note}" for note in report.notes]
     lines += [
         "",
-        f"  grid    {shape} voxels of {spacing} mm, {grid['orientation']}",
+        f"  scan    {', '.join(filter(None, (report.verdict, report.modality, report.encoding)))}",
+        f"  grid    {_grid(report.grid)}",
         f"  read    {', '.join(report.sources)}",
     ]
     lines += [
@@ -46,6 +54,21 @@ def _report(path: Path) -> str:
         f"  seconds {', '.join(f'{k} {v:g}' for k, v in report.seconds.items())}",
     ]
     return "\n".join(lines)
+
+
+def _conversion(path: Path) -> str:
+    said = Conversion.read(path)
+    grid = f"{_grid(said.grid)}, {said.encoding}" if said.grid else f"{len(said.files)} file(s)"
+    lines = [f"{said.case}: {said.word}. {', '.join(filter(None, (said.modality, grid)))}"]
+    lines += [f"  {said.reason}: {said.message}"] if said.message else []
+    lines += [f"  repaired: {repair}" for repair in said.repairs]
+    lines += [f"  note: {note}" for note in said.notes]
+    return "\n".join([*lines, f"  read from {', '.join(said.sources or said.files)}, sha256 {said.sha256[:16]}"])
+
+
+def _grid(grid: dict[str, Any]) -> str:
+    shape, spacing = "×".join(map(str, grid["shape"])), "×".join(f"{s:.3g}" for s in grid["spacing_mm"])
+    return f"{shape} voxels of {spacing} mm, {grid['orientation']}"
 
 
 def _plan(path: Path) -> str:
@@ -67,14 +90,19 @@ def _plan(path: Path) -> str:
 
 
 def _scan(path: Path) -> str:
+    scans = find_scans([path]).scans if path.is_dir() or dicom.is_dicom(path) else ()
+    if len(scans) > 1:
+        return table({scan.case_id: judge(scan) for scan in scans})
     volume = files.read(path)
+    verdict = Verdict.of(volume)
     low, high = float(volume.voxels.min()), float(volume.voxels.max())
     x, y, z = volume.geometry.to_world((0, 0, 0))
     lines = [
-        f"{path.name}: {volume.geometry}",
+        f"{path.name}: {verdict.word}. {verdict.what}",
         f"  {len(volume.channels)} channel(s) of {volume.voxels.dtype}, {low:g} to {high:g}",
         f"  first voxel at {x:.2f}, {y:.2f}, {z:.2f} mm (right, anterior, superior)",
         f"  read by {volume.provenance.reader}, sha256 {volume.provenance.sha256[:16]}",
-        *(f"  repaired: {repair}" for repair in volume.provenance.repairs),
+        *(f"  repaired: {repair}" for repair in verdict.repairs),
+        *(f"  note: {note}" for note in verdict.notes),
     ]
     return "\n".join(lines)

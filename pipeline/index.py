@@ -3,42 +3,18 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from .outputs._html import document, text
-from .report import Report, as_json, hilum_version, millilitres, write_whole
-
-FAILED = "failed"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One case of a run."""
-
-    case_id: str
-    """Also the name of its folder."""
-    status: str
-    """'done', 'failed', 'skipped as complete'."""
-    report: Report | None = None
-    """None where the case failed."""
-    error: dict[str, str] | None = None
-    """Why it failed: 'met', 'needed', 'do', or one 'message'."""
-    seconds: float = 0.0
-
-    @property
-    def message(self) -> str:
-        """The reason of a failure, in one line; empty otherwise."""
-        error = self.error or {}
-        parts = [error[part] for part in ("message", "met", "needed", "do") if error.get(part)]
-        return " ".join(" ".join(parts).split())
+from .report import Report, as_json, hilum_version, inert, millilitres, write_whole
+from .results import FAILED, Row, counts
 
 
 def write_index(
     folder: Path,
-    rows: Sequence[Row],
+    rows: Sequence[Row[Report]],
     *,
     left_alone: Mapping[str, str] | None = None,
     labels: Sequence[str] = (),
@@ -61,40 +37,36 @@ def write_index(
     return list(written)
 
 
-def counts(rows: Sequence[Row]) -> dict[str, int]:
-    """How many cases of each status, 'done' and 'failed' always among them."""
-    found = {"done": 0, FAILED: 0}
-    for row in rows:
-        found[row.status] = found.get(row.status, 0) + 1
-    return found
-
-
-def _labels(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+def _labels(rows: Sequence[Row[Report]], labels: Sequence[str]) -> list[str]:
     names = dict.fromkeys(labels)
     for row in rows:
         names.update(dict.fromkeys(row.report.volumes_ml if row.report else ()))
     return list(names)
 
 
-def _csv(rows: Sequence[Row], labels: Sequence[str]) -> str:
+LAST = ("warnings", "repairs", "seconds", "message")
+"""The columns behind the millilitres."""
+
+
+def _verdict(row: Row[Report]) -> str:
+    """Fine, repaired or refused; nothing where it was not the scan that failed."""
+    return row.report.verdict if row.report else (row.error or {}).get("verdict", "")
+
+
+def _csv(rows: Sequence[Row[Report]], labels: Sequence[str]) -> str:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["case", "status", *(_inert(f"{label} ml") for label in labels), "warnings", "seconds", "message"])
+    table.writerow(["case", "status", "verdict", *(inert(f"{label} ml") for label in labels), *LAST])
     for row in rows:
         volumes = row.report.volumes_ml if row.report else {}
         amounts = [f"{volumes[label]:.4f}" if label in volumes else "" for label in labels]
-        warnings = _inert(" | ".join(row.report.warnings) if row.report else "")
-        last = (warnings, f"{row.seconds:.2f}", _inert(row.message))
-        table.writerow([_inert(row.case_id), row.status, *amounts, *last])
+        said = [" | ".join(part) for part in ((row.report.warnings, row.report.repairs) if row.report else ((), ()))]
+        last = (*map(inert, said), f"{row.seconds:.2f}", inert(row.message))
+        table.writerow([inert(row.case_id), row.status, _verdict(row), *amounts, *last])
     return buffer.getvalue()
 
 
-def _inert(cell: str) -> str:
-    """Spreadsheets run a cell that begins like a formula; an apostrophe before it keeps it text (OWASP)."""
-    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
-
-
-def _summary(rows: Sequence[Row], left_alone: dict[str, str], package_name: str) -> dict[str, Any]:
+def _summary(rows: Sequence[Row[Report]], left_alone: dict[str, str], package_name: str) -> dict[str, Any]:
     return {
         "hilum_version": hilum_version(),
         "package_name": package_name,
@@ -103,6 +75,9 @@ def _summary(rows: Sequence[Row], left_alone: dict[str, str], package_name: str)
             {
                 "case": row.case_id,
                 "status": row.status,
+                "verdict": _verdict(row),
+                "repairs": list(row.report.repairs) if row.report else [],
+                "notes": list(row.report.notes) if row.report else [],
                 "volumes_ml": dict(row.report.volumes_ml) if row.report else None,
                 "warnings": list(row.report.warnings) if row.report else [],
                 "files": list(row.report.files) if row.report else [],
@@ -146,7 +121,7 @@ for (const button of document.querySelectorAll('th button')) button.addEventList
 """
 
 
-def _page(rows: Sequence[Row], labels: Sequence[str], left_alone: dict[str, str], package_name: str) -> str:
+def _page(rows: Sequence[Row[Report]], labels: Sequence[str], left_alone: dict[str, str], package_name: str) -> str:
     failed_first = sorted(rows, key=lambda row: row.status != FAILED)
     title = f"{len(rows)} case{'' if len(rows) == 1 else 's'}" + (f", {package_name}" if package_name else "")
     body = "\n".join(
@@ -165,7 +140,7 @@ def _page(rows: Sequence[Row], labels: Sequence[str], left_alone: dict[str, str]
     return document(title, body, style=STYLE, script=SCRIPT, pictures="'self' file:")
 
 
-def _counted(rows: Sequence[Row], left_alone: dict[str, str]) -> str:
+def _counted(rows: Sequence[Row[Report]], left_alone: dict[str, str]) -> str:
     found = counts(rows) | ({"left alone": len(left_alone)} if left_alone else {})
     items = (
         f'<li class="{_kind(status) if number else "none"}"><b>{number}</b>{text(status)}</li>'
@@ -179,7 +154,7 @@ def _kind(status: str) -> str:
 
 
 def _head(labels: Sequence[str]) -> str:
-    plain = "".join(f"<th><button>{word}</button></th>" for word in ("case", "status", "reasons and warnings"))
+    plain = "".join(f"<th><button>{word}</button></th>" for word in ("case", "status", "scan", "reasons and warnings"))
     numbers = "".join(
         f'<th class="number" data-number="1"><button>{text(word)}</button></th>'
         for word in (*(f"{label} ml" for label in labels), "seconds")
@@ -187,7 +162,7 @@ def _head(labels: Sequence[str]) -> str:
     return f"<thead><tr><th>picture</th>{plain}{numbers}</tr></thead>"
 
 
-def _row(row: Row, labels: Sequence[str]) -> str:
+def _row(row: Row[Report], labels: Sequence[str]) -> str:
     files = row.report.files if row.report else ()
     volumes = row.report.volumes_ml if row.report else {}
     home = quote(row.case_id)
@@ -196,6 +171,7 @@ def _row(row: Row, labels: Sequence[str]) -> str:
         f"<td>{_thumbnail(row, home)}</td>",
         f'<td class="case" data-key="{text(row.case_id)}"><a href="{page}">{text(row.case_id)}</a></td>',
         f"<td>{text(row.status)}</td>",
+        f"<td>{text(_verdict(row))}</td>",
         f'<td class="reason">{_reason(row)}</td>',
         *(_number(volumes.get(label)) for label in labels),
         f'<td class="number" data-key="{float(row.seconds)}">{row.seconds:.1f}</td>',
@@ -203,7 +179,7 @@ def _row(row: Row, labels: Sequence[str]) -> str:
     return f'<tr class="{_kind(row.status)}">{"".join(cells)}</tr>'
 
 
-def _thumbnail(row: Row, home: str) -> str:
+def _thumbnail(row: Row[Report], home: str) -> str:
     if row.report is None or "overlay.png" not in row.report.files:
         return ""
     picture = f"{home}/overlay.png"
@@ -216,11 +192,12 @@ def _number(ml: float | None) -> str:
     return f'<td class="number" data-key="{float(ml)}">{millilitres(ml).removesuffix(" ml")}</td>'
 
 
-def _reason(row: Row) -> str:
+def _reason(row: Row[Report]) -> str:
     if row.error:
         parts = [row.error[part] for part in ("message", "met", "needed", "do") if row.error.get(part)]
         return "<br>".join(text(part) for part in parts)
-    return "<br>".join(text(warning) for warning in row.report.warnings) if row.report else ""
+    said = (*row.report.warnings, *(f"repaired: {repair}" for repair in row.report.repairs)) if row.report else ()
+    return "<br>".join(text(sentence) for sentence in said)
 
 
 def _left_alone(left_alone: dict[str, str]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from preprocessing.plan import Label
+from preprocessing.reading import STRICT, Reading
 from preprocessing.records import decode
 from preprocessing.volume import Geometry, GeometryMismatch, Volume
 
@@ -87,9 +88,19 @@ class Report:
     """Names inside the case's folder."""
     outputs: tuple[str, ...]
     """Names of the outputs that wrote them."""
+    verdict: str = "fine"
+    """What was said of the scan when it was read: fine or repaired; a scan that was refused has no report."""
+    notes: tuple[str, ...] = ()
+    """What one should know of the scan and nothing was done about."""
+    modality: str = ""
+    encoding: str = ""
+    reading: Reading = STRICT
+    """What was allowed when it was read."""
 
     @classmethod
-    def of(cls, result: Result, files: Sequence[str | Path], outputs: Sequence[str]) -> "Report":
+    def of(
+        cls, result: Result, files: Sequence[str | Path], outputs: Sequence[str], reading: Reading = STRICT
+    ) -> "Report":
         """What is to be said of a result whose files have been written."""
         provenance = result.scan.provenance
         return cls(
@@ -107,6 +118,11 @@ class Report:
             seconds=dict(result.seconds),
             files=tuple(Path(file).name for file in files),
             outputs=tuple(outputs),
+            verdict=provenance.verdict,
+            notes=provenance.notes,
+            modality=provenance.modality,
+            encoding=provenance.encoding,
+            reading=reading,
         )
 
     def write(self, folder: Path) -> Path:
@@ -159,10 +175,16 @@ def as_json(content: Any) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def inert(cell: str) -> str:
+    """Spreadsheets run a cell that begins like a formula; an apostrophe before it keeps it text (OWASP)."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@", "\t", "\r")) else cell
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """The file is there with all of its content, or not at all, even when the power fails."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    # a file's name may be no Unicode; \udcff is how JSON, too, writes what such a name holds
+    data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     try:
         with part.open("wb") as file:
             file.write(data)

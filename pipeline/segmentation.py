@@ -11,29 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from preprocessing import files
 from preprocessing.records import decode
-from preprocessing.volume import UnreadableScan, Volume, stack
+from preprocessing.volume import Volume
 
 from . import outputs
+from .config import Segment
 from .package import ModelPackage
 from .prediction import Found, Inference, segment_volume
 from .report import Report, Result
+from .scan import Scan, read_scan
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scan:
-    """Where one case lies: a file or series folder of all channels, or one per channel in the package's order."""
-
-    case_id: str
-    paths: tuple[Path, ...]
-    series: tuple[Any, ...] = ()
-    """The DICOM series behind the paths, where they are DICOM."""
-    refusal: str = ""
-    """Why it cannot be read, where that was seen while looking for it: a damaged slice may be a missing slice."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,40 +37,23 @@ class Model:
         return Model(package=package, networks=package.networks())
 
 
-def segment_case(
-    scan: Scan, identity: str, model: Model, folder: Path, wanted: Sequence[str],
-    options: dict[str, dict[str, Any]], how: Inference,
-) -> Report:  # fmt: skip
-    """One scan, from file to report. `identity` is the hash of its files, by which a second run knows it again."""
+def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how: Inference) -> Report:
+    """One scan, from file to report; its files appear in the folder."""
     started = time.perf_counter()
-    volume = read_scan(scan, model.package.plan.channels)
-    volume = replace(volume, provenance=replace(volume.provenance, sha256=identity))
+    volume = read_scan(scan, model.package.plan.channels, settings.reading)
+    # the hash of its files, by which a second run knows it again
+    volume = replace(volume, provenance=replace(volume.provenance, sha256=scan.identity))
     read_seconds = round(time.perf_counter() - started, 3)
     found = segment_volume(volume, model.networks, model.package.plan, how, model.package.id)
     result = _result(scan, volume, found, model.package, read_seconds)
-    written = [path for name in wanted for path in write_output(name, result, folder, options.get(name, {}))]
-    report = Report.of(result, [path.name for path in written], wanted)
+    written = [
+        path
+        for name in settings.outputs
+        for path in write_output(name, result, folder, settings.output_options.get(name, {}))
+    ]
+    report = Report.of(result, [path.name for path in written], settings.outputs, settings.reading)
     report.write(folder)  # last: a case is complete when its report exists
     return report
-
-
-def read_scan(scan: Scan, channels: Sequence[str]) -> Volume:
-    """The scan with its package's channels, all on one grid."""
-    if scan.refusal:
-        raise UnreadableScan(scan.refusal)
-    volumes = [
-        _read(path, series) for path, series in zip(scan.paths, scan.series or (None,) * len(scan.paths), strict=True)
-    ]
-    volume = volumes[0] if len(volumes) == 1 else stack(volumes, tuple(path.name for path in scan.paths))
-    return volume.with_channels(channels)
-
-
-def _read(path: Path, series: Any) -> Volume:
-    if series is None:
-        return files.read(path)
-    from preprocessing import dicom
-
-    return dicom.read(series)
 
 
 def write_output(name: str, result: Result, folder: Path, options: dict[str, Any]) -> list[Path]:

@@ -22,12 +22,13 @@ import networks
 from networks.parts.losses import DeepSupervision, dice_cross_entropy
 from preprocessing.datasets import CaseFiles, Dataset, open_dataset, take_fingerprint
 from preprocessing.plan import Fingerprint, Plan, make_plan, with_patch
+from preprocessing.reading import STRICT
 from preprocessing.records import decode, encode
 
 from . import tracking
 from .checkpoint import SafeCheckpoints
 from .comparison import compare
-from .config import Train
+from .config import Train, refuse_unknown_match
 from .data import PreparedCase, Whole, Windows, cached, measure_machine, split
 from .errors import Interrupted, UsageError, stopped_by_signals
 from .evaluation import dice
@@ -51,10 +52,12 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
     if settings.resume and (packed := workshop.packed(out, settings.fold)):
         return _last_steps(packed, settings, workshop)
-    opened = open_dataset(dataset)
+    opened = open_dataset(dataset, settings.reading)
+    refuse_unknown_match(settings.reading, opened.channels)
     workshop.open(out, settings)
     if workshop.has_job:
         job = workshop.resumed_job()
+        _refuse_other_settings(job, settings)
     else:
         # every case is looked at whatever the plan: one that does not fit must be told, not skipped
         fingerprint = take_fingerprint(opened, lambda done, of: progress("look at every case", done, of))
@@ -77,7 +80,9 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
 
 def _last_steps(package: ModelPackage, settings: Train, workshop: "Workshop") -> ModelPackage:
     """What a training killed after its package was whole has left to do."""
-    tracker = _open_tracker(workshop.resumed_job(), settings, workshop)
+    job = workshop.resumed_job()
+    _refuse_other_settings(job, settings)
+    tracker = _open_tracker(job, settings, workshop)
     with _ended_honestly(tracker):
         _register(package, tracker)
     workshop.close()
@@ -160,7 +165,7 @@ class Workshop:
 
 
 DECISIVE = ("network", "network_options", "fold", "folds", "minutes", "epochs", "steps_per_epoch", "learning_rate",
-            "weight_decay", "seed")  # fmt: skip
+            "weight_decay", "seed", "reading")  # fmt: skip
 
 
 def _decisive(settings: Train) -> dict[str, Any]:
@@ -227,13 +232,17 @@ def _refuse_other_cases(prepared: dict[str, PreparedCase], job: Job, dataset: Pa
         )
 
 
-def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tracker:
-    if job.settings != _decisive(settings):
-        changed = [name for name in DECISIVE if job.settings.get(name) != _decisive(settings)[name]]
+def _refuse_other_settings(job: Job, settings: Train) -> None:
+    begun = {"reading": encode(STRICT)} | job.settings  # of a training that began before there were such settings
+    changed = [name for name, value in _decisive(settings).items() if begun.get(name) != value]
+    if changed:
         raise UsageError(
             f"the unfinished training was started with other settings ({', '.join(changed)}); --resume goes on with the "
             "same ones. Give them as they were, or begin anew with another --out."
         )
+
+
+def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tracker:
     tracker = tracking.open_run(
         uri=settings.tracking_uri or tracking.default_uri(),
         experiment=settings.experiment or job.plan.name,

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,11 +14,18 @@ from typing import Any
 
 import numpy as np
 
+from .codes import meaning_of
+from .dicom import is_dicom
+from .dicom import labels as dicom_labels
 from .files import EXTENSIONS, read, stem
 from .plan import CaseFacts, Fingerprint, Label
+from .reading import STRICT, Reading
 from .records import nearest
 from .steps import Orient, nonzero_box
+from .verdict import Verdict
 from .volume import Case, ScanError, Volume, stack
+
+logger = logging.getLogger(__name__)
 
 # Okabe & Ito (2008): told apart by every common kind of colour vision; yellow last, it drowns on bright bone
 PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
@@ -43,6 +51,8 @@ class Finding:
 
     case: str
     problem: str
+    reason: str = "contradiction"
+    """One of the keys of volume.REASONS; most of what is wrong with a dataset is that its parts disagree."""
 
     def __str__(self) -> str:
         return f"{self.case}: {self.problem}"
@@ -59,17 +69,25 @@ class Dataset:
     cases: tuple[CaseFiles, ...]
     findings: tuple[Finding, ...]
     """What was wrong before any voxel was read: missing twins, names used twice."""
+    reading: Reading = STRICT
+    """What is allowed when its scans are read."""
 
     def read(self, files: CaseFiles) -> Case:
         """The case as a value, on one grid, its channels named."""
-        volumes = [read(path) for path in files.images]
-        image = volumes[0] if len(volumes) == 1 else stack(volumes, self.channels)
-        labels = read_labels(files.labels) if files.labels else None
-        return Case(id=files.id, image=image.with_channels(self.channels), labels=labels)
+        volumes = [read(path, self.reading) for path in files.images]
+        image = volumes[0] if len(volumes) == 1 else stack(volumes, self.channels, self.reading.match)
+        image = image.with_channels(self.channels)
+        names = {label.name: label.value for label in self.labels}
+        labels = read_labels(files.labels, image, names, self.reading) if files.labels else None
+        return Case(id=files.id, image=image, labels=labels)
 
 
-def open_dataset(path: Path) -> Dataset:
+def open_dataset(path: Path, reading: Reading = STRICT) -> Dataset:
     """The dataset at that folder or CSV, whatever its layout; refused when it is none."""
+    return _named_by_dicom(replace(_opened(path), reading=reading))
+
+
+def _opened(path: Path) -> Dataset:
     if not path.exists():
         raise DatasetError(f"{path} does not exist; a dataset's folder or CSV is needed. Look at the spelling.")
     if path.is_file():
@@ -84,9 +102,22 @@ def open_dataset(path: Path) -> Dataset:
     )
 
 
-def read_labels(path: Path) -> Volume:
-    """A label map as integers; refused when its values are none, or when it has several channels."""
-    volume = read(path)
+def is_dataset(path: Path) -> bool:
+    """Whether that is laid out as a dataset; any other file or folder is just scans."""
+    if path.is_file():
+        return path.suffix.lower() == ".csv"
+    if any((path / name).exists() for name in ("imagesTr", "labelsTr", "dataset.json")):
+        return True
+    return (path / "images").is_dir() and (path / "labels").is_dir()
+
+
+def read_labels(path: Path, image: Volume, names: dict[str, int], reading: Reading = STRICT) -> Volume:
+    """A label map as integers: a DICOM SEG or RTSTRUCT on its image's grid, its segments known by name; or a file of
+    numbers as it is, refused when they are no labels, or when it has several channels."""
+    path = _label_file(path)
+    if dicom_labels.is_labels(path):
+        return dicom_labels.read_labels(path, image, names)
+    volume = read(path, reading, is_labels=True)
     if len(volume.channels) != 1:
         raise ScanError(
             f"{path.name} has {len(volume.channels)} channels; a label map has one. Save one number per voxel."
@@ -100,10 +131,75 @@ def read_labels(path: Path) -> Volume:
     return volume.with_voxels(whole.astype(np.uint8 if whole.max() < 256 else np.uint16), channels=("labels",))
 
 
+def _label_file(path: Path) -> Path:
+    """The labels of a case may lie in a folder of their own, as archives export them."""
+    if not path.is_dir():
+        return path
+    inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")]
+    found = [one for one in inside if one.is_file() and (dicom_labels.is_labels(one) or one.name.endswith(EXTENSIONS))]
+    if len(found) == 1:
+        return found[0]
+    if not found and inside and is_dicom(inside[0]):
+        return path  # a series whose pixels are the labels
+    raise ScanError(
+        f"the folder {path.name} holds {len(found)} label files; exactly one is needed. Give one per case.",
+        "mixed" if found else "no_scan",
+    )
+
+
+def _named_by_dicom(dataset: Dataset) -> Dataset:
+    """Where nobody declared labels, the names inside DICOM label files; with their own numbers if all files agree."""
+    if dataset.labels:
+        return dataset
+    numbers: dict[str, set[int]] = {}
+    for files in dataset.cases:
+        for name, number in _names_in(files.labels).items():
+            numbers.setdefault(name, set()).add(number)
+    if not numbers:
+        return dataset
+    known = {plain: name for name in sorted(numbers, reverse=True) if (plain := dicom_labels.plain(name))}
+    agreed = [next(iter(found)) for found in numbers.values() if len(found) == 1]
+    if len(set(agreed)) == len(numbers) == len(known):
+        return replace(dataset, labels=label_table({name: min(found) for name, found in numbers.items()}))
+    return replace(dataset, labels=label_table({name: n for n, name in enumerate(sorted(known.values()), start=1)}))
+
+
+def _names_in(path: Path | None) -> dict[str, int]:
+    try:
+        return dicom_labels.names_in(_label_file(path)) if path else {}
+    except ScanError:  # told when the case is read
+        return {}
+
+
 def check(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> tuple[Finding, ...]:
     """Everything that does not fit, case by case, to the end; nothing when all is well."""
-    findings, _ = _examine_all(dataset, progress)
-    return findings
+    return examine(dataset, progress).findings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examination:
+    """What a look at every case found."""
+
+    findings: tuple[Finding, ...]
+    verdicts: dict[str, Verdict]
+    """Per case, by its id; a case with a finding is refused."""
+
+
+def examine(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> Examination:
+    """Every case, read to the end: what does not fit, and the one word for each."""
+    findings, examined = _examine_all(dataset, progress)
+    verdicts = {files.id: _unread(files) for files in dataset.cases} | {one.id: one.verdict for one in examined}
+    wrong: dict[str, list[Finding]] = {}
+    for finding in findings:
+        wrong.setdefault(finding.case, []).append(finding)
+    for case, those in wrong.items():
+        seen = verdicts.get(case, Verdict(word="fine"))
+        verdicts[case] = seen.refused(" ".join(finding.problem for finding in those), those[0].reason)
+    return Examination(findings=findings, verdicts=dict(sorted(verdicts.items())))
+
+
+def _unread(files: CaseFiles) -> Verdict:
+    return Verdict(word="fine", files=tuple(str(path) for path in (*files.images, files.labels) if path))
 
 
 def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> Fingerprint:
@@ -115,7 +211,12 @@ def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = la
             "All must fit before a plan is made of them. `hilum check` names every one: mend or remove them."
         )
     labels = dataset.labels or _found_labels(examined)
-    digest = hashlib.sha256("".join(f"{one.id}{one.sha256}" for one in examined).encode()).hexdigest()
+    repaired = sum(one.verdict.word == "repaired" for one in examined)
+    if repaired:
+        logger.warning("%d of %d cases were repaired; `hilum check` tells what was done", repaired, len(examined))
+    bytes_read = "".join(f"{one.id}{one.sha256}" for one in examined)
+    how = "" if dataset.reading == STRICT else repr(dataset.reading)  # the same bytes read otherwise are other voxels
+    digest = hashlib.sha256((bytes_read + how).encode()).hexdigest()
     names = {label.value: label.name for label in labels}
     cases = {one.id: replace(one.facts, voxels={names[v]: n for v, n in one.values.items()}) for one in examined}
     return Fingerprint(name=dataset.name, channels=dataset.channels, labels=labels, cases=cases, dataset=digest)
@@ -125,6 +226,7 @@ def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = la
 class _Examined:
     id: str
     findings: tuple[Finding, ...]
+    verdict: Verdict
     facts: CaseFacts
     values: dict[int, int]
     sha256: str
@@ -154,7 +256,8 @@ def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
     except ScanError as error:
         return _Examined(
             id=files.id,
-            findings=(Finding(case=files.id, problem=str(error)),),
+            findings=(Finding(case=files.id, problem=str(error), reason=error.reason),),
+            verdict=_unread(files),
             facts=nothing,
             values={},
             sha256="",
@@ -163,14 +266,29 @@ def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
     assert case.labels is not None
     values, counts = np.unique(case.labels.voxels, return_counts=True)
     found = {int(v): int(n) for v, n in zip(values, counts, strict=True) if v != 0}
-    problems = [*_undeclared(dataset, found), *_constant(case)]
+    findings = [Finding(case=files.id, problem=problem) for problem in _undeclared(dataset, found)]
+    findings += [Finding(case=files.id, problem=problem, reason="values") for problem in _constant(case)]
     return _Examined(
         id=files.id,
-        findings=tuple(Finding(case=files.id, problem=problem) for problem in problems),
+        findings=tuple(findings),
+        verdict=_verdict(case),
         facts=_facts(case),
         values=found,
         sha256=case.image.provenance.sha256 + case.labels.provenance.sha256,
         image_sha256=case.image.provenance.sha256,
+    )
+
+
+def _verdict(case: Case) -> Verdict:
+    """Of the image and its labels together: a repair of either is a repair of the case."""
+    assert case.labels is not None
+    image, labels = Verdict.of(case.image), Verdict.of(case.labels)
+    return replace(
+        image,
+        word="repaired" if "repaired" in (image.word, labels.word) else "fine",
+        repairs=(*image.repairs, *(f"labels: {repair}" for repair in labels.repairs)),
+        notes=(*image.notes, *(f"labels: {note}" for note in labels.notes)),
+        files=(*image.files, *labels.files),
     )
 
 
@@ -194,7 +312,7 @@ def _twins(examined: Sequence[_Examined]) -> Iterator[Finding]:
     for one in examined:
         if one.image_sha256 and one.image_sha256 in seen:
             problem = f"has the very image of {seen[one.image_sha256]}; a patient in both training and validation flatters. Remove one."
-            yield Finding(case=one.id, problem=problem)
+            yield Finding(case=one.id, problem=problem, reason="mixed")
         seen.setdefault(one.image_sha256, one.id)
 
 
@@ -223,10 +341,15 @@ def _found_labels(examined: Iterable[_Examined]) -> tuple[Label, ...]:
 
 
 def label_table(values: dict[str, int]) -> tuple[Label, ...]:
-    """Names and values with colours from the palette, background left out."""
+    """Names and values with colours from the palette and codes from the table, background left out."""
     named = sorted((value, name) for name, value in values.items() if value != 0)
-    return tuple(
-        Label(value=value, name=name, colour=PALETTE[n % len(PALETTE)]) for n, (value, name) in enumerate(named)
+    return tuple(_label(value, name, PALETTE[n % len(PALETTE)]) for n, (value, name) in enumerate(named))
+
+
+def _label(value: int, name: str, colour: tuple[int, int, int]) -> Label:
+    told = meaning_of(name)
+    return Label(
+        value=value, name=name, colour=colour, category=told.category, type=told.type, modifiers=told.modifiers
     )
 
 
@@ -259,7 +382,7 @@ def _open_csv(path: Path) -> Dataset:
 def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Dataset:
     described = _described(root)
     findings = list(described.findings)
-    label_files = {stem(path): path for path in _scans(labels)}
+    label_files = {_name(path): path for path in _scans(labels)}
     grouped = _grouped(_scans(images), set(label_files), described.channels)
     cases = []
     for case_id in sorted(set(grouped) | set(label_files)):
@@ -302,7 +425,7 @@ def _described(root: Path) -> _Description:
             name=str(record.get("name") or ""),
             channels=tuple(str(channels[key]) for key in sorted(channels, key=int)),
             labels=_described_labels(record.get("labels", {})),
-            promised=tuple(stem(Path(one["image"])) for one in record.get("training", ()) if isinstance(one, dict)),
+            promised=tuple(_name(Path(one["image"])) for one in record.get("training", ()) if isinstance(one, dict)),
         )
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DatasetError(
@@ -324,16 +447,28 @@ def _described_labels(record: dict[str, Any]) -> tuple[Label, ...]:
 
 
 def _scans(folder: Path) -> list[Path]:
+    """Files by their endings, DICOM files, and folders of DICOM files."""
     if not folder.is_dir():
         return []
-    return sorted(p for p in folder.iterdir() if p.name.endswith(EXTENSIONS) and not p.name.startswith("."))
+    return sorted(p for p in folder.iterdir() if not p.name.startswith(".") and _is_scan(p))
+
+
+def _is_scan(path: Path) -> bool:
+    if path.is_dir():
+        return any(is_dicom(one) for one in path.iterdir() if not one.name.startswith("."))
+    return path.name.endswith((*EXTENSIONS, ".dcm"))
+
+
+def _name(path: Path) -> str:
+    """A case's name: a file's without its ending, a folder's whole."""
+    return path.name if path.is_dir() else stem(path).removesuffix(".dcm")
 
 
 def _grouped(paths: Sequence[Path], labelled: set[str], channels: tuple[str, ...]) -> dict[str, tuple[Path, ...]]:
     """nnU-Net writes case_0000, case_0001, one per channel; elsewhere a file is a case."""
     numbered = _numbered(paths, labelled)
     channel_files = {path for found in numbered.values() for _, path in found}
-    whole = {stem(path): (path,) for path in paths if path not in channel_files}
+    whole = {_name(path): (path,) for path in paths if path not in channel_files}
     return whole | {case: tuple(path for _, path in sorted(dict(found).items())) for case, found in numbered.items()}
 
 
@@ -341,8 +476,8 @@ def _numbered(paths: Sequence[Path], labelled: set[str]) -> dict[str, list[tuple
     """Per case its channel files with their numbers; a file whose whole name has labels is no channel."""
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in paths:
-        match = re.fullmatch(r"(.+)_(\d{4})", stem(path))
-        if match and stem(path) not in labelled:
+        match = re.fullmatch(r"(.+)_(\d{4})", _name(path))
+        if match and _name(path) not in labelled:
             found.setdefault(match[1], []).append((int(match[2]), path))
     return found
 
@@ -394,7 +529,7 @@ def _stored_twice(paths: Sequence[Path]) -> Iterator[Finding]:
     """case.nii.gz beside case.nrrd: which of the two is meant must not be guessed."""
     named: dict[str, list[str]] = {}
     for path in paths:
-        named.setdefault(stem(path), []).append(path.name)
+        named.setdefault(_name(path), []).append(path.name)
     for name, files in named.items():
         if len(files) > 1:
             yield Finding(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from .codes import Code, Meaning, meaning_of
 from .records import BadRecord, decode, encode
 from .steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step
 
@@ -23,6 +24,20 @@ class Label:
     value: int
     name: str
     colour: tuple[int, int, int]
+    category: Code | None = None
+    """What kind of thing it is, as DICOM objects say it; null: what the name tells (preprocessing/codes.py)."""
+    type: Code | None = None
+    """The thing itself."""
+    modifiers: tuple[Code, ...] = ()
+    """Left, right, anterior ..."""
+
+    @property
+    def meaning(self) -> Meaning:
+        """What a person wrote, else what the name tells."""
+        told = meaning_of(self.name)
+        if self.category is None and self.type is None:
+            return told
+        return Meaning(category=self.category or told.category, type=self.type or told.type, modifiers=self.modifiers)
 
 
 @dataclass(frozen=True, kw_only=True)

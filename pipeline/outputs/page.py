@@ -77,16 +77,23 @@ def _place(centroid_mm: tuple[float, float, float]) -> str:
 
 def _scan(result: Result) -> str:
     geometry, provenance = result.scan.geometry, result.scan.provenance
-    repairs = "".join(f"<li>{text(repair)}</li>" for repair in provenance.repairs)
     rows = [
+        ("verdict", text(provenance.verdict)),
+        ("modality", text(provenance.modality or "not said")),
         ("grid", text(geometry)),
         ("channels", text(", ".join(result.scan.channels))),
         ("read from", "<br>".join(text(source) for source in provenance.sources) or "not said"),
         ("read by", text(provenance.reader or "not said")),
-        ("repairs", f"<ul>{repairs}</ul>" if repairs else "none were needed"),
+        ("encoding", text(provenance.encoding or "not said")),
+        ("repairs", _sentences(provenance.repairs) or "none were needed"),
+        ("notes", _sentences(provenance.notes) or "none"),
         ("input sha256", f'<span class="mono">{text(provenance.sha256 or "not said")}</span>'),
     ]
     return "<h2>Scan</h2>" + pairs(rows)
+
+
+def _sentences(said: tuple[str, ...]) -> str:
+    return f"<ul>{''.join(f'<li>{text(sentence)}</li>' for sentence in said)}</ul>" if said else ""
 
 
 def _origin(result: Result) -> str:

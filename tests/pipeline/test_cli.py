@@ -9,8 +9,9 @@ import pytest
 
 import pipeline
 from pipeline import cli, tracking
+from pipeline.bar import Bar
 from pipeline.batch import segment
-from pipeline.cli import Bar, main
+from pipeline.cli import main
 from pipeline.config import Segment
 from pipeline.report import hilum_version
 from preprocessing.plan import Plan
@@ -24,7 +25,7 @@ Said = pytest.CaptureFixture[str]
 def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
     code = "import sys; from pipeline.cli import main; main(['--help']); print(*sys.modules, file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    for verb in ("demo", "check", "plan", "train", "segment", "evaluate", "ui", "show"):
+    for verb in ("demo", "check", "convert", "plan", "train", "segment", "evaluate", "ui", "show"):
         assert f"  hilum {verb}" in done.stdout
     assert not HEAVY & set(done.stderr.split())
 
@@ -186,7 +187,7 @@ def test_a_short_piece_of_work_shows_no_bar_and_a_long_one_ends_at_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: Said
 ) -> None:
     clock = [100.0]
-    monkeypatch.setattr("pipeline.cli.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pipeline.bar.time.monotonic", lambda: clock[0])
     bar = Bar()
     bar("quick", 0, 2)
     bar("quick", 2, 2)

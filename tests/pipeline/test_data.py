@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from preprocessing import files
 from preprocessing.augment import IGNORED
 from preprocessing.datasets import Dataset, open_dataset
 from preprocessing.plan import Plan
+from preprocessing.reading import Reading
 from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
@@ -100,6 +102,10 @@ def test_the_cache_is_made_once_and_only_whole_cases_count(
 
     cached(dataset, make_plan(("other",)), tmp_path / "cache")
     assert len(made) == 8, "another plan, another cache"
+
+    allowed = replace(dataset, reading=Reading(allow=("nan",)))
+    read_otherwise = cached(allowed, make_plan(), tmp_path / "cache")
+    assert len(made) == 11 and {case.folder for case in read_otherwise}.isdisjoint(case.folder for case in changed)
 
 
 @pytest.fixture

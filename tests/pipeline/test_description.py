@@ -1,5 +1,6 @@
 """`show` says in words what a file of ours holds, and refuses what it does not know."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,13 +17,29 @@ from preprocessing.volume import UnreadableScan, Volume
 
 def test_a_scan_is_told_by_its_grid_its_values_and_its_place(scan_file: Callable[..., Path], tmp_path: Path) -> None:
     words = show(scan_file(tmp_path / "scan.nii.gz", seed=2))
-    for part in ("scan.nii.gz: 14×18×11 voxels of 1.9×2.1×3.2 mm, LPS, oblique", "1 channel(s) of int16", "sha256"):
+    for part in (
+        "scan.nii.gz: fine. 14×18×11 voxels of 1.9×2.1×3.2 mm, LPS, oblique, NIfTI-1",
+        "1 channel(s) of int16",
+        "sha256",
+    ):
         assert part in words
 
 
 def test_a_series_is_told_like_any_scan(make_scan: Callable[..., Volume], tmp_path: Path) -> None:
     paths = dicom.write_series(make_scan(), tmp_path / "series", description="made up")
-    assert "14×18×11 voxels" in show(tmp_path / "series") and "14×18×11 voxels" in show(paths[0])
+    for path in (tmp_path / "series", paths[0]):
+        assert f"{path.name}: fine. MR, 14×18×11 voxels" in show(path) and "Explicit VR Little Endian" in show(path)
+    shutil.copy(paths[3], tmp_path / "series" / "again.dcm")
+    (tmp_path / "series" / "notes.txt").write_text("left alone")
+    words = show(tmp_path / "series")
+    assert "series: repaired." in words and "  repaired: " in words and "  note: notes.txt" in words
+
+
+def test_a_folder_of_several_scans_is_told_one_by_one(make_scan: Callable[..., Volume], tmp_path: Path) -> None:
+    for number in (1, 2):
+        dicom.write_series(make_scan(number), tmp_path / "study" / f"s{number}", description="made up")
+    words = show(tmp_path / "study")
+    assert [line.split()[:2] for line in words.splitlines() if line[0] != " "] == [["s1", "fine"], ["s2", "fine"]]
 
 
 def test_a_plan_is_told_with_its_reasons(make_plan: Callable[..., Plan], tmp_path: Path) -> None:

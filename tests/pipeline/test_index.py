@@ -48,7 +48,13 @@ def rows() -> list[Row]:
         Row(
             case_id="third",
             status="failed",
-            error={"met": "third.nii ends early.", "needed": "4096 bytes are needed.", "do": "Copy it again."},
+            error={
+                "met": "third.nii ends early.",
+                "needed": "4096 bytes are needed.",
+                "do": "Copy it again.",
+                "verdict": "refused",
+                "reason": "damaged",
+            },
             seconds=0.5,
         ),
     ]
@@ -58,12 +64,16 @@ def test_the_table_has_one_row_per_case_and_columns_that_do_not_move(tmp_path: P
     write_index(tmp_path, rows(), labels=("liver", "lesion"))
     content = (tmp_path / "summary.csv").read_text(encoding="utf-8")
     header, *lines = csv.reader(io.StringIO(content))
-    assert header == ["case", "status", "liver ml", "lesion ml", "warnings", "seconds", "message"]
-    assert lines[0] == ["first", "done", "1180.4200", "0.0500", "", "3.25", ""]
-    assert lines[1][4] == "look, again | twice"
+    assert header == [
+        "case", "status", "verdict", "liver ml", "lesion ml", "warnings", "repairs", "seconds", "message",
+    ]  # fmt: skip
+    assert lines[0] == ["first", "done", "fine", "1180.4200", "0.0500", "", "", "3.25", ""]
+    assert lines[1][5] == "look, again | twice"
     assert lines[2] == [
         "third",
         "failed",
+        "refused",
+        "",
         "",
         "",
         "",
@@ -88,6 +98,7 @@ def test_the_summary_says_everything_and_counts(tmp_path: Path) -> None:
     assert [case["case"] for case in said["cases"]] == ["first", "second case #2", "third"]
     assert said["cases"][0]["volumes_ml"] == {"liver": 1180.42, "lesion": 0.05}
     assert said["cases"][2]["error"]["do"] == "Copy it again."
+    assert [case["verdict"] for case in said["cases"]] == ["fine", "fine", "refused"]
     assert said["left_alone"] == {"notes.txt": "no scan"}
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(path.name for path in written)
 

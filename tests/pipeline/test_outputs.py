@@ -23,9 +23,10 @@ from pipeline import outputs
 from pipeline.errors import UsageError
 from pipeline.outputs import labels, measurements, overlay, page
 from pipeline.report import Result
+from preprocessing import files
 from preprocessing.phantoms import body, scan
 from preprocessing.plan import Label
-from preprocessing.volume import Geometry, Provenance, Volume
+from preprocessing.volume import Geometry, Provenance, ScanError, Volume
 
 TABLE = (
     Label(value=1, name="liver", colour=(0, 114, 178)),
@@ -119,6 +120,39 @@ def test_labels_above_255_take_sixteen_bits(tmp_path: Path) -> None:
     (path,) = labels.write(result_of(found.astype(np.float32), found, np.eye(4), table), tmp_path, labels.Config())
     read = nibabel.load(path)
     assert read.get_data_dtype() == np.uint16 and np.asarray(read.dataobj)[1, 2, 3] == 300
+
+
+def test_labels_as_nrrd_carry_the_names_colours_and_codes_that_slicer_reads(tmp_path: Path) -> None:
+    result = phantom_result()
+    (path,) = labels.write(result, tmp_path, labels.Config(format="nrrd"))
+    assert path.name == "labels.seg.nrrd"
+    image = SimpleITK.ReadImage(path)
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).T, result.labels.voxels[0])
+    np.testing.assert_allclose(files.read(path).geometry.affine, result.scan.geometry.affine, atol=1e-6)
+    said = {key: image.GetMetaData(key) for key in image.GetMetaDataKeys() if key.startswith("Segment1")}
+    assert (said["Segment1_Name"], said["Segment1_LabelValue"]) == ("kidney", "2")
+    np.testing.assert_allclose([float(x) * 255 for x in said["Segment1_Color"].split()], TABLE[1].colour, atol=1e-3)
+    assert "~SCT^91723000^Anatomical Structure~SCT^64033007^Kidney~^^~" in said["Segment1_Tags"]
+
+
+def test_labels_of_a_sheared_scan_have_no_place_in_nrrd(tmp_path: Path) -> None:
+    affine = np.eye(4)
+    affine[0, 2] = 0.3
+    found = np.ones((3, 4, 5), np.uint8)
+    result = result_of(found.astype(np.float32), found, affine)
+    with pytest.raises(ScanError, match=r"sheared.*\.nii\.gz"):
+        labels.write(result, tmp_path, labels.Config(format="nrrd"))
+    (path,) = labels.write(result, tmp_path, labels.Config())
+    np.testing.assert_allclose(nibabel.load(path).affine, affine)
+
+
+def test_a_name_cannot_break_out_of_an_nrrd_header(tmp_path: Path) -> None:
+    result = phantom_result()
+    table = (replace(TABLE[0], name="a\n\nb:=c\nSegment9_Name:=x"), *TABLE[1:])
+    (path,) = labels.write(replace(result, label_table=table), tmp_path, labels.Config(format="nrrd"))
+    image = SimpleITK.ReadImage(path)
+    assert image.GetMetaData("Segment0_Name").startswith("a b:=c") and not image.HasMetaDataKey("Segment9_Name")
+    np.testing.assert_array_equal(SimpleITK.GetArrayFromImage(image).T, result.labels.voxels[0])
 
 
 @pytest.mark.parametrize("oblique", [False, True])

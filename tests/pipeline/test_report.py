@@ -1,6 +1,7 @@
 """What is said of a case is what was found, and it is on the disk whole or not at all."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from pipeline.report import Report, Result, UnreadableReport, millilitres, write_whole
+from pipeline.report import Report, Result, UnreadableReport, as_json, millilitres, write_whole
 from preprocessing.phantoms import body, scan
 from preprocessing.plan import Label
 from preprocessing.volume import Geometry, GeometryMismatch, Provenance, Volume
@@ -91,17 +92,27 @@ def test_bytes_that_are_no_text_are_no_report(tmp_path: Path) -> None:
         Report.read(tmp_path)
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "report.json"
     write_whole(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "new \ud800")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(os, "fsync", full)
+        write_whole(path, "new")
     target = tmp_path / "folder"
     target.mkdir()
     with pytest.raises(OSError):  # a folder cannot be replaced by a file
         write_whole(target, "new")
     assert path.read_text() == "old"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["folder", "report.json"]
+
+
+def test_a_file_name_that_is_no_unicode_can_be_written_and_read(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a.json", as_json({"caf\udce9": 1}))
+    assert json.loads((tmp_path / "a.json").read_text()) == {"caf\udce9": 1}
 
 
 @pytest.mark.parametrize(

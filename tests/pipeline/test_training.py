@@ -239,3 +239,13 @@ def test_a_store_that_cannot_be_used_is_told_before_an_hour_is_spent(dataset: Pa
     settings = Train(**WORDS, tracking_uri="http://127.0.0.1:9", cache=tmp_path / "cache")
     with pytest.raises(tracking.TrackingError):
         train(dataset, tmp_path / "package", settings)
+
+
+def test_a_resumed_training_reads_its_scans_as_it_began(dataset: Path, tmp_path: Path) -> None:
+    words = WORDS | {"tracking_uri": "http://127.0.0.1:9", "cache": tmp_path / "cache"}
+    with pytest.raises(tracking.TrackingError):
+        train(dataset, tmp_path / "package", Train(**words, allow=("nan", "tilt")))
+    with pytest.raises(UsageError, match="reading"):
+        train(dataset, tmp_path / "package", Train(**words, resume=True))
+    with pytest.raises(tracking.TrackingError):
+        train(dataset, tmp_path / "package", Train(**words, resume=True, allow=("tilt", "nan")))

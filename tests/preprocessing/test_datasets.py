@@ -18,6 +18,7 @@ from preprocessing.datasets import (
     read_labels,
     take_fingerprint,
 )
+from preprocessing.files import read
 from preprocessing.volume import ScanError
 
 SHAPE = (8, 9, 7)
@@ -313,13 +314,14 @@ def test_labels_nobody_painted_make_no_plan(tmp_path):
 
 
 def test_whole_numbers_stored_as_floats_are_labels_and_large_ones_keep_their_value(tmp_path):
-    labels = read_labels(save(tmp_path / "a.nii.gz", some_labels(1, 2).astype(np.float64)))
+    image = read(save(tmp_path / "image.nii.gz", np.zeros(SHAPE, np.int16)))
+    labels = read_labels(save(tmp_path / "a.nii.gz", some_labels(1, 2).astype(np.float64)), image, {})
     assert labels.voxels.dtype == np.uint8
-    large = read_labels(save(tmp_path / "b.nii.gz", some_labels(1).astype(np.int32) * 40_000))
+    large = read_labels(save(tmp_path / "b.nii.gz", some_labels(1).astype(np.int32) * 40_000), image, {})
     assert large.voxels.dtype == np.uint16
     assert large.voxels.max() == 40_000
     with pytest.raises(ScanError, match="no labels"):
-        read_labels(save(tmp_path / "c.nii.gz", some_labels(1).astype(np.int32) * 70_000))
+        read_labels(save(tmp_path / "c.nii.gz", some_labels(1).astype(np.int32) * 70_000), image, {})
 
 
 def test_labels_get_a_name_and_a_colour_each_in_the_order_of_their_values():

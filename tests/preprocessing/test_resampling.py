@@ -1,13 +1,19 @@
 """Resampling agrees with scipy where scipy and we mean the same, and keeps what must be kept where edges begin."""
 
+from itertools import permutations, product
+from pathlib import Path
+
 import numpy as np
 import pytest
-from hypothesis import given, settings
+import SimpleITK
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
+from scipy.spatial.transform import Rotation
 
-from preprocessing.resampling import resample, resample_labels, resized
-from preprocessing.volume import Geometry
+from preprocessing import files
+from preprocessing.resampling import labels_onto, onto, resample, resample_labels, resized, straightened
+from preprocessing.volume import LPS_TO_RAS, Geometry, Provenance, ScanError, Volume
 
 QUIET = settings(derandomize=True, max_examples=40, deadline=None, database=None)
 SIDES = st.tuples(*[st.integers(1, 14)] * 3)
@@ -123,3 +129,171 @@ def test_a_tie_between_labels_goes_to_the_lower_one_whatever_the_order_of_slices
 def test_an_order_nobody_wrote_is_refused():
     with pytest.raises(ValueError, match="order 2"):
         resample(noise((4, 4, 4)), (5, 5, 5), order=2)
+
+
+# onto any other grid in the patient
+
+
+def an_oblique_grid(seed: int, shape: tuple[int, int, int] = (12, 10, 9)) -> Geometry:
+    """About the same 50 mm of a patient, whatever the seed."""
+    rng = np.random.default_rng(seed)
+    turn = Rotation.random(random_state=seed).as_matrix()[:, rng.permutation(3)] * rng.choice([-1, 1], 3)
+    affine = np.eye(4)
+    affine[:3, :3] = turn * rng.uniform(3, 6, 3)
+    affine[:3, 3] = rng.uniform(-5, 5, 3) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Geometry(shape=shape, affine=affine)
+
+
+def a_scan_on(grid: Geometry, channels: int = 1, kind: str = "float32") -> Volume:
+    voxels = np.random.default_rng(3).integers(-90, 900, (channels, *grid.shape)).astype(kind)
+    return Volume(voxels=voxels, geometry=grid, channels=tuple(f"c{n}" for n in range(channels)))
+
+
+def by_itk(voxels: np.ndarray, before: Geometry, after: Geometry, interpolator: int, outside: float) -> np.ndarray:
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(voxels.transpose(2, 1, 0)))
+    filled = SimpleITK.ResampleImageFilter()
+    for grid, target in ((before, image), (after, filled)):
+        lps = LPS_TO_RAS @ grid.affine
+        direction, origin = (lps[:3, :3] / grid.spacing).ravel().tolist(), lps[:3, 3].tolist()
+        if target is image:
+            image.SetDirection(direction)
+            image.SetSpacing(grid.spacing)
+            image.SetOrigin(origin)
+        else:
+            filled.SetOutputDirection(direction)
+            filled.SetOutputSpacing(grid.spacing)
+            filled.SetOutputOrigin(origin)
+    filled.SetSize([int(n) for n in after.shape])
+    filled.SetInterpolator(interpolator)
+    filled.SetDefaultPixelValue(outside)
+    return SimpleITK.GetArrayFromImage(filled.Execute(image)).transpose(2, 1, 0)
+
+
+@QUIET
+@given(st.integers(0, 2**31), st.integers(0, 2**31))
+def test_onto_any_oblique_grid_itk_gives_the_same(one: int, other: int) -> None:
+    scan, grid = a_scan_on(an_oblique_grid(one)), an_oblique_grid(other, (9, 14, 7))
+    there, outside = onto(scan, grid)
+    lowest = float(scan.voxels.min())
+    wanted = by_itk(scan.voxels[0], scan.geometry, grid, SimpleITK.sitkLinear, lowest - 1000)
+    missed = wanted < lowest - 500
+    np.testing.assert_allclose(there.voxels[0], np.where(missed, lowest, wanted), atol=2e-2)
+    assert outside == pytest.approx(missed.mean())
+    assert there.geometry is grid and there.voxels.dtype == np.float32
+
+
+def test_a_real_scan_lands_on_the_grid_of_an_earlier_study_where_itk_puts_it(shared: Path) -> None:
+    """Two oblique scans of one patient, five months apart."""
+    patient = shared / "data" / "brain-tumor-progression" / "PGBM-001"
+    earlier, later = (next(patient.glob(f"{month}-*/*T2reg*"), None) for month in ("11", "04"))
+    if earlier is None or later is None:
+        pytest.skip("the two studies of PGBM-001 are not there")
+    scan, grid = files.read(later), files.read(earlier).geometry
+    there, outside = onto(scan, grid)
+    lowest = float(scan.voxels.min())
+    wanted = by_itk(scan.voxels[0].astype(np.float32), scan.geometry, grid, SimpleITK.sitkLinear, lowest)
+    np.testing.assert_allclose(there.voxels[0], wanted, atol=1e-2)
+    assert 0 < outside < 0.2
+
+
+@QUIET
+@given(st.integers(0, 2**31), st.integers(0, 2**31))
+def test_labels_take_the_nearest_voxel_as_in_itk_and_0_outside(one: int, other: int) -> None:
+    assume(one != other)  # centres halfway between others are nobody's
+    before, after = an_oblique_grid(one), an_oblique_grid(other, (9, 14, 7))
+    voxels = np.random.default_rng(one).choice([1, 3, 700], size=(1, *before.shape)).astype(np.uint16)
+    labels = Volume(voxels=voxels, geometry=before, channels=("labels",))
+    there, outside = labels_onto(labels, after)
+    wanted = by_itk(voxels[0], before, after, SimpleITK.sitkNearestNeighbor, 0)
+    assert there.voxels.dtype == np.uint16 and set(np.unique(there.voxels)) <= {0, 1, 3, 700}
+    assert (there.voxels[0] == wanted).mean() > 0.999
+    assert outside == pytest.approx((wanted == 0).mean(), abs=2e-3)
+
+
+@pytest.mark.parametrize(("order", "signs"), list(product(permutations(range(3)), product((1, -1), repeat=3))))
+def test_voxels_that_only_change_their_order_keep_their_very_values(
+    order: tuple[int, ...], signs: tuple[int, ...]
+) -> None:
+    scan = a_scan_on(an_oblique_grid(5, (4, 6, 5)), channels=2, kind="int32")
+    scan = scan.with_voxels(scan.voxels + 2**24 + 1)  # more than float32 holds
+    turned = scan.voxels.transpose(0, *[1 + axis for axis in order])
+    affine = np.eye(4)
+    affine[:3, :3] = scan.geometry.affine[:3, order] * signs
+    corner = [0 if sign > 0 else scan.geometry.shape[axis] - 1 for axis, sign in zip(order, signs, strict=True)]
+    affine[:3, 3] = scan.geometry.to_world(np.array([corner[order.index(axis)] for axis in range(3)]))
+    for axis, sign in enumerate(signs):
+        turned = turned if sign > 0 else np.flip(turned, 1 + axis)
+    there, outside = onto(scan, Geometry(shape=turned.shape[1:], affine=affine))
+    np.testing.assert_array_equal(there.voxels, turned)
+    assert outside == 0 and there.voxels.dtype == np.int32
+
+
+def test_a_part_of_a_grid_keeps_its_values_and_the_rest_gets_the_lowest_of_each_channel() -> None:
+    scan = a_scan_on(an_oblique_grid(2), channels=2, kind="int16")
+    affine = scan.geometry.affine.copy()
+    affine[:3, 3] = scan.geometry.to_world([6, 0, 0])
+    there, outside = onto(scan, Geometry(shape=scan.geometry.shape, affine=affine))
+    np.testing.assert_array_equal(there.voxels[:, :6], scan.voxels[:, 6:])
+    for channel, was in zip(there.voxels, scan.voxels, strict=True):
+        assert (channel[6:] == was.min()).all()
+    assert outside == 0.5
+
+
+def test_a_grid_elsewhere_is_outside_altogether() -> None:
+    scan = a_scan_on(an_oblique_grid(2))
+    affine = scan.geometry.affine.copy()
+    affine[:3, 3] += 1000
+    there, outside = onto(scan, Geometry(shape=(3, 4, 5), affine=affine))
+    assert outside == 1 and (there.voxels == scan.voxels.min()).all()
+
+
+def test_a_slice_of_another_grid_is_no_longer_a_frame_of_a_file() -> None:
+    scan = a_scan_on(an_oblique_grid(2))
+    told = Provenance(files=("a.dcm",), slices=(("a.dcm", 1),) * 9, modality="CT")
+    scan = Volume(voxels=scan.voxels, geometry=scan.geometry, channels=scan.channels, provenance=told)
+    there = onto(scan, an_oblique_grid(3))[0].provenance
+    assert there.slices == () and there.modality == "CT" and there.files == ("a.dcm",)
+
+
+def test_an_order_that_needs_more_than_neighbours_is_refused() -> None:
+    with pytest.raises(ValueError, match="order 3"):
+        onto(a_scan_on(an_oblique_grid(2)), an_oblique_grid(3), order=3)
+
+
+@QUIET
+@given(st.integers(0, 2**31), st.floats(-0.6, 0.6), st.permutations(range(3)))
+def test_of_a_tilted_stack_the_slices_stay_and_everything_is_inside(seed: int, tilt: float, order: list[int]) -> None:
+    turn, (one, other, third) = Rotation.random(random_state=seed).as_matrix(), order
+    affine, spacing, shape = np.eye(4), np.empty(3), np.empty(3, int)
+    spacing[order], shape[order] = (0.7, 0.9, 5), (8, 9, 6)
+    affine[:3, :3] = turn * spacing
+    straight = Geometry(shape=(int(shape[0]), int(shape[1]), int(shape[2])), affine=affine)
+    affine[:3, third] += float(tilt) * 5 * turn[:, other]
+    sheared = Geometry(shape=straight.shape, affine=affine)
+    grid = straightened(sheared)
+    assert not grid.is_sheared
+    np.testing.assert_allclose(grid.spacing, straight.spacing, rtol=1e-6)  # slices were moved within their planes
+    np.testing.assert_allclose(grid.direction, straight.direction, atol=1e-6)
+    assert grid.shape[third] == 6 and grid.shape[one] == 8
+    places = grid.to_voxel(sheared.corners_mm)
+    assert (places > -0.01).all() and (places < np.array(grid.shape) - 0.99).all()
+    np.testing.assert_allclose(places[:, third], np.round(places[:, third]), atol=1e-6)
+
+
+@pytest.mark.parametrize("shear", [30.0, 1e5])
+def test_a_grid_sheared_beyond_measure_is_not_straightened(shear: float) -> None:
+    affine = np.eye(4)
+    affine[0, 2] = shear
+    with pytest.raises(ScanError, match="so flatly") as refusal:
+        straightened(Geometry(shape=(8, 9, 7), affine=affine))
+    assert refusal.value.reason == "tilted"
+
+
+def test_a_grid_sheared_along_every_axis_is_straightened_too() -> None:
+    affine = np.array([[2, 0.7, 0.5, 1], [0.2, 3, 0.4, 2], [0.1, 0.3, 4, 3], [0, 0, 0, 1]])
+    sheared = Geometry(shape=(8, 9, 7), affine=affine)
+    grid = straightened(sheared)
+    assert not grid.is_sheared and grid.orientation == sheared.orientation
+    assert grid.voxel_ml == pytest.approx(sheared.voxel_ml)
+    places = grid.to_voxel(sheared.corners_mm)
+    assert (places > -0.01).all() and (places < np.array(grid.shape) - 0.99).all()

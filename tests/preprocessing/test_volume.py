@@ -1,5 +1,7 @@
 """A volume says where its voxels lie as nibabel says it, refuses grids that place nothing, and cannot be changed."""
 
+import pickle
+from dataclasses import replace
 from itertools import permutations, product
 
 import nibabel
@@ -202,12 +204,109 @@ def test_channels_on_one_grid_are_stacked_in_order_and_keep_where_they_came_from
     np.testing.assert_array_equal(both.voxels[1], two.voxels[0])
 
 
-def test_channels_on_different_grids_are_not_stacked():
-    with pytest.raises(GeometryMismatch, match=r"; t2 on .* up to 2\.00 mm apart"):
+def test_channels_on_different_grids_are_not_stacked_and_the_way_out_is_named():
+    with pytest.raises(GeometryMismatch, match=r"; t2 on .* up to 2\.00 mm apart.*`--match t1`") as refusal:
         stack([a_volume(), a_volume(shifted(2.0))], ("t1", "t2"))
+    assert refusal.value.reason == "grids_differ"
+
+
+@pytest.mark.parametrize("match", ["t1post", "T1POST"])
+def test_the_others_are_resampled_onto_the_channel_that_is_matched(match):
+    """Where a scan is a plane through space, its values say where it lies."""
+    fixed = Geometry(shape=(9, 8, 7), affine=np.eye(4))
+    moved = Geometry(shape=(9, 8, 7), affine=shifted(1.2))
+    voxels = np.broadcast_to(np.arange(9.0, dtype=np.float32)[:, None, None], (9, 8, 7))[None]
+    told = Provenance(sources=("f",), files=("f1", "f2"), slices=(("f1", 1),), modality="MR", reader="one")
+    post = Volume(voxels=voxels, geometry=fixed, channels=("0",), provenance=told)
+    other = Provenance(sources=("m",), files=("m1",), slices=(("m1", 1),), modality="MR", reader="two", repairs=("x.",))
+    t2 = Volume(voxels=voxels, geometry=moved, channels=("0",), provenance=other)
+    both = stack([t2, post], ("t2", "t1post"), match=match)
+    assert both.geometry.matches(fixed) and both.channels == ("t2", "t1post")
+    np.testing.assert_array_equal(both.voxels[1], voxels[0])
+    np.testing.assert_allclose(both.voxels[0, 2:, 0, 0], np.arange(2, 9) - 1.2, atol=1e-5)
+    assert (both.voxels[0, 0] == 0).all()
+    assert both.provenance.repairs == (
+        "t2: x.",
+        "t2 was resampled onto the grid of t1post, up to 1.20 mm away; 11.1% of it lies outside and got the lowest value.",
+    )
+    assert both.provenance.slices == (("f1", 1),) and both.provenance.files == ("m1", "f1", "f2")
+    assert both.provenance.modality == "MR" and both.provenance.reader == "two; one"
+    assert both.provenance.verdict == "repaired"
+
+
+def test_channels_that_share_a_grid_are_stacked_as_they_are_whatever_is_matched():
+    volumes = [a_volume(), a_volume(shifted(0.5 * CORNER_TOLERANCE_MM))]
+    both = stack(volumes, ("t1", "t2"), match="t2")
+    np.testing.assert_array_equal(both.voxels, stack(volumes, ("t1", "t2")).voxels)
+    assert both.provenance.repairs == ()
+
+
+def test_a_channel_that_is_matched_must_be_there():
+    with pytest.raises(MissingChannel, match="'flair' was to be matched; there are t1, t2") as refusal:
+        stack([a_volume(), a_volume()], ("t1", "t2"), match="flair")
+    assert refusal.value.reason == "channels"
+
+
+@pytest.mark.parametrize(("mm", "fits"), [(1.9, True), (2.6, False), (500, False)])
+def test_a_scan_of_another_part_of_the_body_is_no_channel(mm, fits):
+    volumes = [a_volume(), a_volume(shifted(mm))]
+    if fits:
+        assert "outside" in stack(volumes, ("t1", "t2"), match="t1").provenance.repairs[0]
+        return
+    with pytest.raises(GeometryMismatch, match="at least half") as refusal:
+        stack(volumes, ("t1", "t2"), match="t1")
+    assert refusal.value.reason == "grids_differ"
+
+
+def test_modalities_are_joined_where_they_differ():
+    ct, pt = (replace(a_volume(), provenance=Provenance(modality=one, encoding="raw")) for one in ("CT", "PT"))
+    both = stack([ct, pt, ct], ("ct", "pt", "again")).provenance
+    assert both.modality == "CT; PT" and both.encoding == "raw"
+
+
+def test_whole_numbers_beside_fractions_become_float32_not_float64():
+    whole = a_volume().with_voxels(np.ones((1, *SHAPE), np.int32))
+    assert stack([whole, a_volume()], ("t1", "t2")).voxels.dtype == np.float32
+    assert stack([whole, whole], ("t1", "t2")).voxels.dtype == np.int32
+
+
+def test_a_file_of_several_channels_is_no_channel():
+    with pytest.raises(MissingChannel, match="t2 holds several channels"):
+        stack([a_volume(), a_volume(channels=2)], ("t1", "t2"))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"), [(ScanError, "unsupported"), (GeometryMismatch, "grids_differ"), (MissingChannel, "channels")]
+)
+def test_every_refusal_has_a_reason_of_the_closed_list_that_survives_another_process(error, reason):
+    assert error("no").reason == reason and error("no", "damaged").reason == "damaged"
+    assert pickle.loads(pickle.dumps(error("no", "damaged"))).reason == "damaged"
+    with pytest.raises(AssertionError):
+        error("no", "a mood")
+
+
+@pytest.mark.parametrize("micron", [1e-3, 1e-4])
+def test_the_finest_microscope_still_places_its_voxels(micron):
+    assert Geometry(shape=SHAPE, affine=np.diag([micron, micron, micron, 1])).spacing == pytest.approx((micron,) * 3)
 
 
 @pytest.mark.parametrize("files", [1, 3])
 def test_more_or_fewer_files_than_channels_are_refused(files):
     with pytest.raises(MissingChannel, match=r"t1, t2"):
         stack([a_volume()] * files, ("t1", "t2"))
+
+
+def test_channels_of_two_frames_of_reference_are_no_case_though_their_grids_agree() -> None:
+    one, other, unknown = (
+        Volume(
+            voxels=np.zeros((1, 4, 5, 6), np.int16),
+            geometry=Geometry(shape=(4, 5, 6), affine=np.eye(4)),
+            channels=("0",),
+            provenance=Provenance(frame_of_reference=frame),
+        )
+        for frame in ("1.2.3", "1.2.4", "")
+    )
+    with pytest.raises(GeometryMismatch, match="two frames of reference") as refused:
+        stack([one, other], ["t1", "t2"])
+    assert refused.value.reason == "mixed"
+    assert stack([one, unknown], ["t1", "t2"]).provenance.frame_of_reference == "1.2.3"

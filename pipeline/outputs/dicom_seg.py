@@ -1,0 +1,201 @@
+"""labels.dcm: a DICOM Segmentation on the planes of the source series, for archives and viewers of a hospital."""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from jaxtyping import Integer
+from pydicom.dataset import Dataset
+
+from preprocessing.codes import Code
+from preprocessing.plan import Label
+
+from ..report import Result, hilum_version
+from . import _dicom
+
+if TYPE_CHECKING:
+    from highdicom.seg import Segmentation
+
+FILE_NAMES = {"BINARY": "labels.dcm", "LABELMAP": "labels-labelmap.dcm"}
+
+SERIES_NUMBER = 1000
+"""The series follows its source's number by so much: 7 becomes 1007, far from a scanner's own numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """How labels are encoded."""
+
+    kind: Literal["binary", "labelmap", "both"] = "binary"
+    """binary: one bit per label and voxel, which every archive takes; labelmap: one number per voxel, smaller with
+    many labels, known to new archives only; both: one file of each."""
+
+
+def write(result: Result, folder: Path, config: Config) -> list[Path]:
+    """One file, or two of one series."""
+    _dicom.refuse_odd_planes(result)
+    origin = _dicom.origin_of(result)
+    kinds = {"binary": ["BINARY"], "labelmap": ["LABELMAP"], "both": ["BINARY", "LABELMAP"]}[config.kind]
+    now = datetime.datetime.now()
+    written = []
+    for number, kind in enumerate(kinds, start=1):
+        path = folder / FILE_NAMES["BINARY" if len(kinds) == 1 else kind]
+        with _dicom.quiet():
+            segmentation = _segmentation(result, origin, kind, number, now)
+        _dicom.write_object(segmentation, path, now, origin)
+        written.append(path)
+    return written
+
+
+def _segmentation(
+    result: Result, origin: _dicom.Origin, kind: str, number: int, now: datetime.datetime
+) -> "Segmentation":
+    import highdicom  # not at the top: it takes a second
+
+    print_ = _dicom.fingerprint(result, origin)
+    sought = sorted(result.label_table, key=lambda label: label.value)
+    found = [label for label in sought if result.volumes_ml[label.name] > 0]
+    numbers = {label.value: label.value if kind == "LABELMAP" else n for n, label in enumerate(found or sought, 1)}
+    # an object must have a frame: where nothing was found, each label that was sought gets one, and it is empty
+    shown = range(result.scan.geometry.shape[2]) if found else [result.scan.geometry.shape[2] // 2]
+    planes = _renumbered(result.labels.voxels[0][:, :, shown].transpose(2, 1, 0), numbers)
+    positions = [_dicom.position_of(result.scan.geometry, k) for k in shown]
+    segmentation = highdicom.seg.Segmentation(
+        source_images=[_stand_in(result, origin)],
+        pixel_array=planes,
+        segmentation_type=kind,
+        segment_descriptions=[_described(label, numbers[label.value], result) for label in found or sought],
+        series_instance_uid=_dicom.uid("segmentation series", print_),
+        series_number=SERIES_NUMBER + origin.series_number,
+        sop_instance_uid=_dicom.uid("segmentation", print_, kind),
+        instance_number=number,
+        manufacturer=_dicom.MANUFACTURER,
+        manufacturer_model_name=_dicom.MANUFACTURER,
+        software_versions=_dicom.one_line(hilum_version()),
+        device_serial_number=_dicom.one_line(result.package_id),
+        content_description=_dicom.one_line(f"found by {result.package_name}"),
+        content_label="SEGMENTATION",
+        series_description=_dicom.one_line(f"{result.package_name} segmentation"),
+        content_date=now.date(),
+        content_time=now.time().replace(microsecond=0),
+        pixel_measures=_measures(result),
+        plane_orientation=highdicom.PlaneOrientationSequence("PATIENT", _dicom.orientation_of(result.scan.geometry)),
+        plane_positions=[highdicom.PlanePositionSequence("PATIENT", position) for position in positions],
+    )
+    _tie_to_source(segmentation, dict(zip(map(_key, positions), shown, strict=True)), origin)
+    organization = _dicom.uid("dimensions", print_, kind)
+    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
+        item.DimensionOrganizationUID = organization
+    return segmentation
+
+
+def _renumbered(planes: Integer[np.ndarray, "k j i"], numbers: dict[int, int]) -> Integer[np.ndarray, "k j i"]:
+    """From label values to segment numbers; a binary object counts its segments from 1 without gaps."""
+    table = np.zeros(int(np.iinfo(planes.dtype).max) + 1, dtype=np.uint8 if max(numbers.values()) < 256 else np.uint16)
+    table[list(numbers)] = list(numbers.values())
+    return table[planes]
+
+
+def _described(label: Label, number: int, result: Result) -> Dataset:
+    import highdicom
+    from highdicom.color import CIELabColor
+    from pydicom.sr.codedict import codes
+
+    meaning = label.meaning
+    described = highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=_dicom.one_line(label.name),
+        segmented_property_category=_concept(meaning.category),
+        segmented_property_type=_concept(meaning.type),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=highdicom.AlgorithmIdentificationSequence(
+            name=_dicom.one_line(result.package_name),
+            family=codes.DCM.ArtificialIntelligence,
+            version=_dicom.one_line(result.package_id[:12]),
+        ),
+        display_color=CIELabColor.from_rgb(*label.colour),
+    )
+    if meaning.modifiers:
+        described.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
+            _concept(modifier) for modifier in meaning.modifiers
+        ]
+    return described
+
+
+def _concept(code: Code) -> Dataset:
+    from highdicom.sr import CodedConcept
+
+    return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=code.meaning)
+
+
+def _measures(result: Result) -> Sequence[Dataset]:
+    """Sizes along the planes' own axes; between them the distance along their normal, as viewers take it."""
+    import highdicom
+
+    geometry = result.scan.geometry
+    between_columns, between_rows, _ = geometry.spacing
+    row, column, step = geometry.direction[:, 0], geometry.direction[:, 1], geometry.affine[:3, 2]
+    between_planes = abs(float(np.cross(row, column) @ step))
+    return highdicom.PixelMeasuresSequence(
+        pixel_spacing=(round(between_rows, 9), round(between_columns, 9)),
+        slice_thickness=round(between_planes, 9),
+        spacing_between_slices=round(between_planes, 9),
+    )
+
+
+def _stand_in(result: Result, origin: _dicom.Origin) -> Dataset:
+    """A source that highdicom takes whatever the real headers are like; what they say is put in its place afterwards."""
+    stand_in = Dataset()
+    for name in _dicom.NEEDED:
+        setattr(stand_in, name, None)
+    stand_in.StudyInstanceUID, stand_in.SeriesInstanceUID = origin.study, origin.series
+    stand_in.SOPClassUID, stand_in.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", origin.instances[0].uid
+    stand_in.Modality, stand_in.FrameOfReferenceUID = origin.modality, origin.frame_of_reference
+    stand_in.Columns, stand_in.Rows = result.scan.geometry.shape[:2]
+    measures = _measures(result)[0]
+    stand_in.PixelSpacing, stand_in.SliceThickness = measures.PixelSpacing, measures.SliceThickness
+    stand_in.ImagePositionPatient = [f"{x:.6g}" for x in _dicom.position_of(result.scan.geometry, 0)]
+    stand_in.ImageOrientationPatient = [f"{x:.6g}" for x in _dicom.orientation_of(result.scan.geometry)]
+    return stand_in
+
+
+Key = tuple[float, ...]
+
+
+def _key(position: object) -> Key:
+    return tuple(round(float(x), 5) for x in np.asarray(position, dtype=float))
+
+
+def _tie_to_source(segmentation: Dataset, slices: dict[Key, int], origin: _dicom.Origin) -> None:
+    """Every frame to the frame it was found on; highdicom would guess it from positions, and only from one file."""
+    series = Dataset()
+    series.SeriesInstanceUID = origin.series
+    series.ReferencedInstanceSequence = [_dicom.reference(instance) for instance in origin.instances]
+    segmentation.ReferencedSeriesSequence = [series]
+    segmentation.SourceImageSequence = [_dicom.reference(instance) for instance in origin.instances]
+    if origin.frames:  # then every frame names its own, and one list for all says nothing more
+        del segmentation.SourceImageSequence
+    segmentation.ContentCreatorName = None
+    for element in origin.loss:
+        segmentation[element.tag] = element
+    derived = [_derivation(frame) for frame in origin.frames]
+    for item in segmentation.PerFrameFunctionalGroupsSequence:
+        k = slices[_key(item.PlanePositionSequence[0].ImagePositionPatient)]
+        item.DerivationImageSequence = [derived[k]] if derived else []
+
+
+def _derivation(frame: _dicom.Frame) -> Dataset:
+    source = _dicom.reference(frame.instance)
+    if frame.number is not None:
+        source.ReferencedFrameNumber = frame.number
+    source.SpatialLocationsPreserved = "YES"
+    source.PurposeOfReferenceCodeSequence = [
+        _concept(Code(value="121322", scheme="DCM", meaning="Source image for image processing operation"))
+    ]
+    item = Dataset()
+    item.SourceImageSequence = [source]
+    item.DerivationCodeSequence = [_concept(Code(value="113076", scheme="DCM", meaning="Segmentation"))]
+    return item
