@@ -41,6 +41,7 @@ def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how:
     """One scan, from file to report; its files appear in the folder."""
     started = time.perf_counter()
     volume = read_scan(scan, model.package.plan.channels, settings.reading)
+    outputs.refuse_unsuited(settings.outputs, volume)
     # the hash of its files, by which a second run knows it again
     volume = replace(volume, provenance=replace(volume.provenance, sha256=scan.identity))
     read_seconds = round(time.perf_counter() - started, 3)

@@ -4,10 +4,16 @@ Each has `Config`, a dataclass, and `write(result, folder, config) -> list[Path]
 """
 
 import pkgutil
+from collections.abc import Iterable
 from importlib import import_module
 from types import ModuleType
 
 from preprocessing.records import nearest
+from preprocessing.volume import Volume
+
+
+DICOM_RESULTS = {"dicom_seg", "rtstruct"}
+"""Outputs that belong to a patient and a study, which only a DICOM scan has."""
 
 
 class UnknownOutput(LookupError):
@@ -27,3 +33,11 @@ def load(name: str) -> ModuleType:
             f"There is no output {name!r}{nearest(name, names)}. Outputs are {', '.join(names)}: choose among these."
         )
     return import_module(f".{name}", __name__)
+
+
+def refuse_unsuited(names: Iterable[str], scan: Volume) -> None:
+    """Before anything is computed: a scan of which one of these outputs cannot be written."""
+    if DICOM_RESULTS & set(names):
+        from . import _dicom  # not at the top: most runs need no pydicom here
+
+        _dicom.refuse_unsuited(scan)

@@ -20,7 +20,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from preprocessing.dicom.headers import read_header
-from preprocessing.volume import LPS_TO_RAS, Geometry, ScanError
+from preprocessing.volume import LPS_TO_RAS, Geometry, ScanError, Volume
 
 from ..report import Result, hilum_version, write_whole
 
@@ -93,9 +93,15 @@ class Origin:
     """Per slice of the grid; empty where the grid is none of the series' own (resampled)."""
 
 
-def origin_of(result: Result) -> Origin:
+def refuse_unsuited(scan: Volume) -> None:
+    """Before anything is computed: a scan of which no DICOM result can be written."""
+    refuse_odd_planes(scan.geometry)
+    origin_of(scan)
+
+
+def origin_of(scan: Volume) -> Origin:
     """Read again from the files of the scan; refused where there is no patient to put a result to."""
-    provenance = result.scan.provenance
+    provenance = scan.provenance
     named = list(dict.fromkeys(path for path, _ in provenance.slices)) or list(provenance.files)
     headers = {path: header for path in named if (header := _header(path)) is not None}
     if not headers or (provenance.slices and len(headers) < len(named)):
@@ -118,7 +124,7 @@ def origin_of(result: Result) -> Origin:
         Frame(instance=instances[path], number=number if _is_multiframe(same[path]) else None)
         for path, number in provenance.slices
     )
-    assert len(frames) in (0, result.scan.geometry.shape[2])
+    assert len(frames) in (0, scan.geometry.shape[2])
     for name in ("StudyInstanceUID", "SeriesInstanceUID"):
         _require(first, name)
     return Origin(
@@ -283,19 +289,19 @@ def orientation_of(geometry: Geometry) -> Float[np.ndarray, " 6"]:
     return (LPS_TO_RAS[:3, :3] @ geometry.direction)[:, :2].T.ravel().round(12)
 
 
-def refuse_odd_planes(result: Result) -> None:
+def refuse_odd_planes(geometry: Geometry) -> None:
     """Planes of DICOM have right angles; only their stacking may be slanted. And no plane is smaller than a byte of
     bits: of such, highdicom 0.28 packs every frame for itself, and no reader finds the second."""
-    if result.scan.geometry.shape[0] * result.scan.geometry.shape[1] < 8:
+    if geometry.shape[0] * geometry.shape[1] < 8:
         raise ScanError(
-            f"Slices of {result.scan.geometry} hold fewer than 8 pixels; no DICOM result is written of these. "
+            f"Slices of {geometry} hold fewer than 8 pixels; no DICOM result is written of these. "
             "Leave this output out.",
             "unsupported",
         )
-    i, j = result.scan.geometry.direction[:, 0], result.scan.geometry.direction[:, 1]
+    i, j = geometry.direction[:, 0], geometry.direction[:, 1]
     if abs(float(i @ j)) > 1e-4:
         raise ScanError(
-            f"Rows and columns of {result.scan.geometry} do not meet at right angles; DICOM planes must."
+            f"Rows and columns of {geometry} do not meet at right angles; DICOM planes must."
             " Resample the scan to a straight grid.",
             "tilted",
         )

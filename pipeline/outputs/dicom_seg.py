@@ -36,8 +36,8 @@ class Config:
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
     """One file, or two of one series."""
-    _dicom.refuse_odd_planes(result)
-    origin = _dicom.origin_of(result)
+    _dicom.refuse_odd_planes(result.scan.geometry)
+    origin = _dicom.origin_of(result.scan)
     kinds = {"binary": ["BINARY"], "labelmap": ["LABELMAP"], "both": ["BINARY", "LABELMAP"]}[config.kind]
     now = datetime.datetime.now()
     written = []

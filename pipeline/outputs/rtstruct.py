@@ -41,8 +41,8 @@ Corner = tuple[int, int]
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
     """One file."""
-    _dicom.refuse_odd_planes(result)
-    origin = _dicom.origin_of(result)
+    _dicom.refuse_odd_planes(result.scan.geometry)
+    origin = _dicom.origin_of(result.scan)
     now = datetime.datetime.now()
     path = folder / FILE_NAME
     # implicit: in explicit files an element of text holds 64 kB at most, and a contour may be longer

@@ -124,6 +124,20 @@ def test_a_second_run_loads_no_network_when_nothing_is_left_to_do(
     assert statuses(run(scan, tiny, tmp_path / "out")) == {"a": "skipped as complete"}
 
 
+def test_a_dicom_result_of_a_scan_that_has_no_patient_is_refused_before_anything_is_computed(
+    tiny: Path, scan_file: ScanFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compute(*_: object) -> None:
+        raise AssertionError("nothing was to be computed")
+
+    monkeypatch.setattr("pipeline.segmentation.segment_volume", compute)
+    scan = scan_file(tmp_path / "a.nii.gz")
+    batch = segment([scan], tiny, tmp_path / "out", Segment(outputs=("labels", "dicom_seg"), device="cpu"))
+    error = read_error(tmp_path / "out" / "a")
+    assert statuses(batch) == {"a": "failed"} and error["reason"] == "unsupported"
+    assert "cannot be invented" in error["message"]
+
+
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha"])
 def test_labels_lie_on_exactly_the_grid_of_a_scan_file(
     tiny: Path, scan_file: ScanFile, tmp_path: Path, ending: str
