@@ -243,7 +243,7 @@ def write_by_folder(image: Volume, place: Path, names: tuple[str, ...] = ("t1", 
 
 def write_by_series(image: Volume, place: Path) -> None:
     for name, channel in zip(("t1", "T2"), split_channels(image), strict=True):
-        dicom.write_series(channel, place / "patient" / name, description=name)
+        dicom.write_series(channel, place / "patient" / name, description=name, study="one visit")
 
 
 def write_numbered(image: Volume, place: Path) -> None:
