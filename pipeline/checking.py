@@ -32,6 +32,8 @@ class Checked:
     """Of a dataset; nothing else has one."""
     channels: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
+    absent: tuple[str, ...] = ()
+    """Labels that a dataset declares and no case has."""
     findings: tuple[Finding, ...] = ()
     """Everything that does not fit in a dataset; none means that it can be trained on."""
 
@@ -51,6 +53,7 @@ class Checked:
             "hilum_version": hilum_version(),
             "name": self.name,
             "layout": self.layout,
+            "absent_labels": list(self.absent),
             "cases": cases,
             "left_alone": self.left_alone,
         }
@@ -85,6 +88,7 @@ def _dataset(path: Path, reading: Reading, progress: Progress) -> Checked:
         layout=opened.layout,
         channels=opened.channels,
         labels=tuple(label.name for label in opened.labels),
+        absent=looked.absent,
         findings=looked.findings,
     )
 

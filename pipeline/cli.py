@@ -104,7 +104,8 @@ def _parse_error(error: Exception, words: Sequence[str], parser: "ArgumentParser
     if "is not accepted" in text:  # a key of a file; the command line spells options with --
         key = text.split("'")[1]
         hints.append(nearest(key, [option.removeprefix("--") for option in known]) or ".")
-    return f"{text}{''.join(hints)} `{parser.prog} --help` lists what may be said."
+    end = "" if hints or text.endswith((".", "?", "!")) else "."
+    return f"{text}{''.join(hints)}{end} `{parser.prog} --help` lists what may be said."
 
 
 def _overview() -> str:
@@ -138,8 +139,17 @@ def _sentences(settings: type) -> dict[str, str]:
     return {one.arg_name: one.description or "" for one in parse_from_object(settings).params}
 
 
-def _comma_list(words: Any) -> tuple[str, ...]:
-    return tuple(word.strip() for word in (words.split(",") if isinstance(words, str) else words) if word.strip())
+class _CommaList:
+    """What `--allow tilt,gaps` means; --help says it in words."""
+
+    def __call__(self, words: Any) -> tuple[str, ...]:
+        return tuple(word.strip() for word in (words.split(",") if isinstance(words, str) else words) if word.strip())
+
+    def __repr__(self) -> str:
+        return "words, separated by commas"
+
+
+_comma_list = _CommaList()
 
 
 def _decoded(settings: type, said: "Namespace") -> Any:
@@ -200,7 +210,9 @@ def _reading(said: "Namespace") -> "Reading":
 def _describe_check(parser: "ArgumentParser") -> None:
     parser.add_argument("path", type=Path, help="A scan, a tree of anything, or a dataset as `train` takes it.")
     parser.add_argument("--json", type=Path, help="A file for everything that was found, for programs.")
-    parser.add_argument("--all", action="store_true", help="Name every file left alone, and every case of a dataset.")
+    parser.add_argument(
+        "--all", action="store_true", help="Name every file left alone, every case of a dataset, and every note."
+    )
     _describe_channels(parser)
 
 
@@ -208,6 +220,10 @@ def _check(said: "Namespace") -> int:
     reading = _reading(said)
     if said.json and not said.json.resolve().parent.is_dir():
         raise UsageError(f"{said.json} lies in no folder; one that exists is needed. Make it, or look at the spelling.")
+    if said.json and said.json.is_dir():
+        raise UsageError(
+            f"{said.json} is a folder; --json needs the name of a file. Give one, as {said.json / 'check.json'}."
+        )
     from .checking import check
     from .report import as_json, write_whole
     from .verdicts import counted, left_alone, table
@@ -216,17 +232,35 @@ def _check(said: "Namespace") -> int:
     if said.json:
         write_whole(said.json, as_json(found.records()))
     shown = {case: v for case, v in found.verdicts.items() if said.all or not found.layout or v.word != "fine"}
-    told = [part for part in (table(shown, _columns()), left_alone(found.left_alone, said.path, said.all)) if part]
+    told = [
+        part for part in (table(shown, _columns(), said.all), left_alone(found.left_alone, said.path, said.all)) if part
+    ]
     if told:
         print("\n\n".join(told))
     if found.layout:
         labels = ", ".join(found.labels) or "found by looking"
         _say(f"{found.name} ({found.layout}): channels {', '.join(found.channels)}, labels {labels}")
-    alone = f"; {len(found.left_alone)} files left alone" if found.left_alone else ""
-    _say(counted([verdict.word for verdict in found.verdicts.values()]) + alone)
+    count = len(found.left_alone)
+    alone = f"; {count} file{'' if count == 1 else 's'} left alone" if count else ""
+    verdicts = list(found.verdicts.values())
+    _say(counted([verdict.word for verdict in verdicts]) + alone)
+    _say_refused([(verdict.reason, verdict.message) for verdict in verdicts])
+    if found.absent:
+        absent = ", ".join(found.absent)
+        _say(f"no case has a voxel of {absent}; nothing can learn that. Look at how the labels are called (--all).")
     if found.layout:
-        _say("every case fits." if found.fits else f"{len(found.findings)} thing(s) do not fit; nothing was changed.")
+        things = "1 thing does" if len(found.findings) == 1 else f"{len(found.findings)} things do"
+        _say("every case fits." if found.fits else f"{things} not fit; nothing was changed.")
     return DONE if found.fits else USERS
+
+
+def _say_refused(why: Sequence[tuple[str, str]]) -> None:
+    """How often for which reason, and what may be allowed; nothing where nothing was refused."""
+    from .verdicts import what_would_help, why_refused
+
+    for words in (why_refused(reason for reason, _ in why), what_would_help(message for _, message in why)):
+        if words:
+            _say(words)
 
 
 def _columns() -> int:
@@ -253,7 +287,9 @@ def _convert(said: "Namespace") -> int:
     batch = convert(said.scan, said.out, reading, said.channels, Bar())
     for row in batch.failed:
         _say(printable(f"{row.case_id}: {row.message}"))
-    _say(counted([row.report.word if row.report else "" for row in batch.rows]))
+    reports = [row.report for row in batch.rows if row.report]
+    _say(counted([report.word for report in reports]))
+    _say_refused([(report.reason, report.message) for report in reports])
     _say(f"{batch.told()}; see {said.out / 'summary.csv'}")
     return SOME_FAILED if batch.failed else DONE
 

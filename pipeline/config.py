@@ -112,8 +112,10 @@ def reading_of(allow: Sequence[str], match: str) -> Reading:
 
 def refuse_unknown_match(reading: Reading, channels: Sequence[str]) -> None:
     """A channel to match that is none is told before anything is read."""
+    if reading.match and not channels:
+        raise UsageError(f"match names {reading.match!r}, and no channels are named; name them all with --channels.")
     if reading.match and reading.match not in channels:
         raise UsageError(
-            f"match names {reading.match!r}, which is not among the channels; one of "
-            f"{', '.join(channels) or 'several named ones (--channels)'} is needed{nearest(reading.match, channels) or '.'}"
+            f"match names {reading.match!r}, which is not among the channels; one of {', '.join(channels)} is needed"
+            f"{nearest(reading.match, channels) or '.'}"
         )

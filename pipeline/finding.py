@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -44,7 +44,7 @@ def find_scans(inputs: Sequence[Path], channels: Sequence[str] = (), out: Path |
 
 
 def _refuse_mistake(path: Path, out: Path | None) -> None:
-    if not path.exists():
+    if not _holds(path.exists):
         raise UsageError(
             f"{path} does not exist; a scan, a series folder or a tree of them is needed. Look at the spelling."
         )
@@ -60,7 +60,8 @@ def _scans_in(path: Path, channels: Sequence[str], out: Path | None, left_alone:
     unnamed = [file for file in others if files.is_scan(file)]
     images += unnamed
     others = {file: reason for file, reason in others.items() if file not in unnamed}
-    if path.is_file():  # one slice stands for its series, and for no other in the folder
+    if path.is_file():  # one slice stands for its series, and for nothing else in the folder
+        images = [file for file in images if path in (file, *beside(file))]
         series = [one for one in series if path in one.paths]
         others = {file: reason for file, reason in others.items() if file == path or reason.startswith(dicom.DAMAGED)}
     series, more = _exports_apart(series)
@@ -92,7 +93,13 @@ class _Piece:
         return files.stem(self.place)
 
 
-def _files_in(folder: Path, root: Path, out: Path | None, left_alone: dict[str, str]) -> Iterator[Path]:
+LINKS_LIMIT = 2
+"""Links to folders followed one behind the other; folders that link to each other are a maze without an end."""
+
+
+def _files_in(
+    folder: Path, root: Path, out: Path | None, left_alone: dict[str, str], came_by: tuple[Path, ...] = ()
+) -> Iterator[Path]:
     """Every file below, in order; hidden ones and `out` are nobody's input, earlier results are named and left alone."""
     try:
         inside = sorted(folder.iterdir())
@@ -102,16 +109,31 @@ def _files_in(folder: Path, root: Path, out: Path | None, left_alone: dict[str, 
     for path in inside:
         if path.name.startswith(".") or (out is not None and path.resolve() == out.resolve()):
             continue
-        if path.is_symlink() and path.resolve() in (folder.resolve(), *folder.resolve().parents):
+        is_folder = _holds(path.is_dir)
+        is_link = is_folder and path.is_symlink()
+        if is_link and (path.resolve() in (*came_by, folder.resolve(), *folder.resolve().parents)):
             left_alone[str(path)] = "a link to a folder that it lies in"
             continue
-        mark = next((mark for mark in RESULTS if (path / mark).exists()), "")
+        if is_link and len(came_by) == LINKS_LIMIT:
+            left_alone[str(path)] = "a link to a folder, behind too many other ones"
+            continue
+        mark = next((mark for mark in RESULTS if _holds((path / mark).exists)), "")
         if mark == "report.json" or (mark and folder != root):  # who names a folder of converted scans means them
             left_alone[str(path)] = RESULTS[mark]
-        elif path.is_dir():
-            yield from _files_in(path, root, out, left_alone)
-        elif path.is_file():
+        elif is_folder:
+            yield from _files_in(path, root, out, left_alone, (*came_by, path.resolve()) if is_link else came_by)
+        elif _holds(path.is_file) or _holds(path.is_symlink):  # one that leads nowhere may have been a slice
             yield path
+        else:
+            left_alone[str(path)] = "no file that can be looked at (a pipe, a device, or closed to this user)"
+
+
+def _holds(claim: Callable[[], bool]) -> bool:
+    """Nothing does of what is closed to this user, where pathlib raises."""
+    try:
+        return claim()
+    except OSError:
+        return False
 
 
 def _is_image(file: Path) -> bool:

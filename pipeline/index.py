@@ -56,13 +56,14 @@ def _verdict(row: Row[Report]) -> str:
 def _csv(rows: Sequence[Row[Report]], labels: Sequence[str]) -> str:
     buffer = io.StringIO()
     table = csv.writer(buffer, lineterminator="\n")
-    table.writerow(["case", "status", "verdict", *(inert(f"{label} ml") for label in labels), *LAST])
+    table.writerow(["case", "status", "verdict", "reason", *(inert(f"{label} ml") for label in labels), *LAST])
     for row in rows:
         volumes = row.report.volumes_ml if row.report else {}
         amounts = [f"{volumes[label]:.4f}" if label in volumes else "" for label in labels]
         said = [" | ".join(part) for part in ((row.report.warnings, row.report.repairs) if row.report else ((), ()))]
         last = (*map(inert, said), f"{row.seconds:.2f}", inert(row.message))
-        table.writerow([inert(row.case_id), row.status, _verdict(row), *amounts, *last])
+        reason = (row.error or {}).get("reason", "")
+        table.writerow([inert(row.case_id), row.status, _verdict(row), reason, *amounts, *last])
     return buffer.getvalue()
 
 
@@ -100,10 +101,10 @@ th button { all: unset; cursor: pointer; }
 th button:hover, th button:focus-visible { color: var(--ink); text-decoration: underline; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-td img { width: 260px; max-width: none; }
+td img { width: 180px; max-width: none; }
 tr.failed td { background: var(--bad-page); }
 tr.failed .reason { color: var(--bad); }
-.reason { min-width: 220px; overflow-wrap: anywhere; }
+.reason { min-width: 320px; overflow-wrap: anywhere; }
 .case { min-width: 140px; overflow-wrap: anywhere; font-weight: 600; }
 """
 
@@ -195,7 +196,8 @@ def _number(ml: float | None) -> str:
 def _reason(row: Row[Report]) -> str:
     if row.error:
         parts = [row.error[part] for part in ("message", "met", "needed", "do") if row.error.get(part)]
-        return "<br>".join(text(part) for part in parts)
+        code = f"<b>{text(row.error['reason'])}</b><br>" if row.error.get("reason") else ""
+        return code + "<br>".join(text(part) for part in parts)
     said = (*row.report.warnings, *(f"repaired: {repair}" for repair in row.report.repairs)) if row.report else ()
     return "<br>".join(text(sentence) for sentence in said)
 

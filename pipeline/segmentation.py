@@ -92,7 +92,10 @@ def _warnings(volume: Volume, found: Found, package: ModelPackage) -> tuple[str,
             said.append(f"{name} is uncertain: its mean probability is {confidence:.2f}")
     ratio = np.array(sorted(volume.geometry.spacing)) / np.array(sorted(package.plan.spacing_mm))
     if ratio.max() > 2 or ratio.min() < 0.5:
-        said.append(
-            f"voxels of {volume.geometry} differ over twofold from the {package.plan.spacing_mm} mm it was trained on"
-        )
+        here, there = (_millimetres(spacing) for spacing in (volume.geometry.spacing, package.plan.spacing_mm))
+        said.append(f"its voxels of {here} differ over twofold from the {there} it was trained on")
     return tuple(said)
+
+
+def _millimetres(spacing: Sequence[float]) -> str:
+    return "×".join(f"{mm:.3g}" for mm in spacing) + " mm"

@@ -183,6 +183,8 @@ class Examination:
     findings: tuple[Finding, ...]
     verdicts: dict[str, Verdict]
     """Per case, by its id; a case with a finding is refused."""
+    absent: tuple[str, ...] = ()
+    """Labels that are declared and occur in no case; a name is spelt differently, or a case is missing."""
 
 
 def examine(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> Examination:
@@ -195,7 +197,13 @@ def examine(dataset: Dataset, progress: Callable[[int, int], None] = lambda done
     for case, those in wrong.items():
         seen = verdicts.get(case, Verdict(word="fine"))
         verdicts[case] = seen.refused(" ".join(finding.problem for finding in those), those[0].reason)
-    return Examination(findings=findings, verdicts=dict(sorted(verdicts.items())))
+    verdicts = dict(sorted(verdicts.items()))
+    return Examination(findings=findings, verdicts=verdicts, absent=() if findings else _absent(dataset, examined))
+
+
+def _absent(dataset: Dataset, examined: Sequence["_Examined"]) -> tuple[str, ...]:
+    seen = {value for one in examined for value in one.values}
+    return tuple(label.name for label in dataset.labels if label.value not in seen)
 
 
 def _unread(files: CaseFiles) -> Verdict:
@@ -211,6 +219,8 @@ def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = la
             "All must fit before a plan is made of them. `hilum check` names every one: mend or remove them."
         )
     labels = dataset.labels or _found_labels(examined)
+    if absent := _absent(dataset, examined):
+        logger.warning("no case has a voxel of %s, which the dataset declares; nothing can learn it", ", ".join(absent))
     repaired = sum(one.verdict.word == "repaired" for one in examined)
     if repaired:
         logger.warning("%d of %d cases were repaired; `hilum check` tells what was done", repaired, len(examined))

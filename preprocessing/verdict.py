@@ -46,12 +46,36 @@ class Verdict:
     @property
     def what(self) -> str:
         """What it is, in one line: modality, channels, grid, encoding; of a scan that was not read, what is known."""
+        return self._said(self.encoding)
+
+    @property
+    def brief(self) -> str:
+        """The same with the encoding in a word or two, and none for DICOM that is not compressed."""
+        packings = dict.fromkeys(_in_brief(one) for one in self.encoding.split("; "))
+        return self._said("; ".join(filter(None, packings)))
+
+    def _said(self, encoding: str) -> str:
         said = [self.modality]
         if self.geometry is None:
             said.append(f"{len(self.files)} file{'' if len(self.files) == 1 else 's'}" if self.files else "")
         else:
             said += [f"{len(self.channels)} channels" if len(self.channels) > 1 else "", str(self.geometry)]
-        return ", ".join(part for part in (*said, self.encoding) if part)
+        return ", ".join(part for part in (*said, encoding) if part)
+
+
+BRIEFLY = {
+    "Implicit VR": "", "Explicit VR": "", "Deflated Explicit VR": "", "Encapsulated Uncompressed": "",
+    "JPEG Lossless": "JPEG lossless", "JPEG-LS Lossless": "JPEG-LS", "JPEG-LS Lossy": "JPEG-LS, lossy",
+    "JPEG 2000": "JPEG 2000", "High-Throughput JPEG 2000": "HTJ2K", "JPEG ": "JPEG, lossy", "RLE": "RLE",
+    "NIfTI": "NIfTI", "NRRD": "NRRD", "MetaImage": "MetaImage",
+}  # fmt: skip
+"""How the names of encodings begin, and what people call them: the standard has long ones for its transfer syntaxes."""
+
+
+def _in_brief(encoding: str) -> str:
+    """'JPEG lossless' for 'JPEG Lossless, Non-Hierarchical, First-Order Prediction (Process 14 [Selection Value 1]), 12 of
+    16 bits, signed'; another encoding as it is."""
+    return next((word for start, word in BRIEFLY.items() if encoding.startswith(start)), encoding)
 
 
 def reason_of(error: Exception) -> str:

@@ -254,9 +254,11 @@ class Volume:
     def with_channels(self, channels: Sequence[str]) -> "Volume":
         """The same scan under the names its package uses; refused when their number differs."""
         if len(channels) != len(self.channels):
+            count, names = len(self.channels), ", ".join(channels)
+            needed = f"{len(channels)} are needed: {names}" if len(channels) > 1 else f"one is needed: {names}"
             raise MissingChannel(
-                f"The scan has {len(self.channels)} channel(s) {list(self.channels)}; {len(channels)} are needed: "
-                f"{', '.join(channels)}. Give one file per channel, named {channels[0]}, ... in a folder of its own."
+                f"The scan has {count} channel{'' if count == 1 else 's'}; {needed}. Give each patient a folder with one "
+                "file or series folder per channel, called as the channel; links will do."
             )
         return replace(self, channels=tuple(channels))
 

@@ -11,7 +11,6 @@ from types import ModuleType
 from preprocessing.records import nearest
 from preprocessing.volume import Volume
 
-
 DICOM_RESULTS = {"dicom_seg", "rtstruct"}
 """Outputs that belong to a patient and a study, which only a DICOM scan has."""
 

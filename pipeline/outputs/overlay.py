@@ -428,9 +428,11 @@ def _small(view: View, finding: Finding, index: int, image: Image.Image, width: 
 
 def _header(result: Result, view: View, config: Config) -> Image.Image:
     lines = [(_about(result, view, config), QUIET)] + [(line, QUIET) for line in _caveats(view.geometry)]
+    if result.scan.provenance.repairs:
+        lines.append(("the scan was repaired when it was read; the report says how", ALARM))
     lines += [(f"warning: {warning}", ALARM) for warning in result.warnings[:2]]
-    if len(result.warnings) > 2:
-        lines.append((f"{len(result.warnings) - 2} more warnings in the report", ALARM))
+    if (more := len(result.warnings) - 2) > 0:
+        lines.append((f"{more} more warning{'' if more == 1 else 's'} in the report", ALARM))
     header = Image.new("RGB", (WIDTH - 2 * MARGIN, 40 + 24 * len(lines)), PAGE)
     draw = ImageDraw.Draw(header)
     name = _fitting(result.case_id, 28, header.width - 660, bold=True)

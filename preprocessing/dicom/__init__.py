@@ -1,8 +1,9 @@
 """A DICOM series: its frames found, told apart into volumes, put in order by where they lie, and read or refused."""
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -71,19 +72,52 @@ def series_in(paths: Sequence[Path]) -> tuple[list[Series], dict[Path, str]]:
         key = share((study, uid, patient, None if uid else path.parent))
         groups[key] += frames_of(header, share)
         descriptions.setdefault(key, _said(header, "SeriesDescription"))
-    left_alone |= _without_nameless(groups)
+    left_alone |= _like_slices(left_alone, groups) | _without_nameless(groups)
+    groups = _with_half_named(groups)
     series = []
     for key, frames in groups.items():
         if is_localizer(frames):
             left_alone |= {frame.path: "a localizer: few slices in each of three directions" for frame in frames}
         else:
             parts = volumes_in(with_missing_parts(frames))
-            series += [_series(part, key, descriptions[key], len(parts)) for part in parts]
+            series += [_series(part, key, descriptions.get(key, ""), len(parts)) for part in parts]
     return sorted(series, key=lambda one: one.paths[0]), left_alone
 
 
 def _said(header: Header, tag: str) -> str:
     return str(header.elements.get(tag) or "").strip()
+
+
+def _like_slices(left_alone: dict[Path, str], groups: dict[Key, list[Frame]]) -> dict[Path, str]:
+    """Slices without an ending are known by their names: an empty IM0005 beside IM0004 was a slice once."""
+    names = {_form(frame.path) for frames in groups.values() for frame in frames}
+    reason = f"{DAMAGED}: named like the slices beside it, but not DICOM"
+    return {path: reason for path, said in left_alone.items() if said == "not DICOM" and _form(path) in names}
+
+
+def _form(path: Path) -> tuple[Path, str]:
+    """The folder, and the name with one digit for all numbers; where it has none, nothing is like it."""
+    form = re.sub(r"\d+", "0", path.name)
+    return path.parent, form if "0" in form else path.name
+
+
+def _with_half_named(groups: dict[Key, list[Frame]]) -> dict[Key, list[Frame]]:
+    """Slices without a study or a patient are those of the only study and patient that their series has."""
+    mended = "A study or a patient was not named in some slices; it was taken from the others of their series."
+    studies: dict[str, set[str]] = defaultdict(set)
+    patients: dict[str, set[str]] = defaultdict(set)
+    for study, uid, patient, _ in groups:
+        studies[uid] |= {study} - {""}
+        patients[uid] |= {patient} - {""}
+    whole: dict[Key, list[Frame]] = defaultdict(list)
+    for key, frames in groups.items():
+        _, uid, _, folder = key
+        if not uid or len(studies[uid]) > 1 or len(patients[uid]) > 1:
+            whole[key] += frames
+            continue
+        full = (*studies[uid], "")[0], uid, (*patients[uid], "")[0], folder
+        whole[full] += frames if full == key else [replace(one, mended=(*one.mended, mended)) for one in frames]
+    return whole
 
 
 def _without_nameless(groups: dict[Key, list[Frame]]) -> dict[Path, str]:
@@ -164,7 +198,8 @@ def _provenance(series: Series, placing: Placing, values: "_Values", repairs: Se
 def _name(series: Series) -> str:
     """Where the series lies; its description may name the patient and is not used."""
     part = f", {series.part}" if series.part else ""
-    return f"The series in {series.paths[0].parent.name} ({len(series.paths)} files{part})"
+    count = len(series.paths)
+    return f"The series in {series.paths[0].parent.name} ({count} file{'' if count == 1 else 's'}{part})"
 
 
 def _refuse_flaws(frames: Sequence[Frame]) -> None:

@@ -85,6 +85,8 @@ class Traits(NamedTuple):
     b_value: float | None
     time: str
     stack: str
+    units: str
+    """Units, or RescaleType where there are none: what the numbers count."""
 
 
 class Clues(NamedTuple):
@@ -95,6 +97,11 @@ class Clues(NamedTuple):
     """SOP class."""
     acquisition: str
     trigger: float | None
+    """Milliseconds after the heart beat or the breath."""
+    percent: str
+    """Of the heart's cycle, then of the breath's."""
+    offset: float | None
+    """Of a time point from the first one, as enhanced objects and PET state it."""
     direction: str
     """Of the diffusion gradient."""
     inversion: str
@@ -106,6 +113,8 @@ class Clues(NamedTuple):
     content: float | None
     series: float | None
     kernel: str
+    correction: str
+    """What PET was corrected for."""
     voltage: str
     repetition: str
     instance: float | None
@@ -139,7 +148,7 @@ class Frame:
     traits: Traits
     clues: Clues
     parts: tuple[str, int] = ("", 0)
-    """ConcatenationUID of a frame of a file that was cut into several, and how many they must be; 0 if it does not say."""
+    """ConcatenationUID of a frame of a file that was cut into several, and how many they must be at least."""
     announced: int = 0
     """ImagesInAcquisition: how many there were meant to be; 0 if it does not say."""
     flaw: Flaw | None = None
@@ -180,20 +189,24 @@ def frames_of(header: Header, share: Intern) -> list[Frame]:
 
 def with_missing_parts(frames: Sequence[Frame]) -> list[Frame]:
     """A concatenation is one object cut into several files and says into how many; without all of them it has a flaw."""
-    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
+    needed: dict[str, int] = defaultdict(int)
     for frame in frames:
-        found[frame.parts].add(frame.uid or str(frame.path))
+        cut, count = frame.parts
+        found[cut].add(frame.uid or str(frame.path))
+        needed[cut] = max(needed[cut], count)
     flaws = {
-        parts: Flaw(
+        cut: Flaw(
             "missing_slices",
-            f"{len(files)} of the {parts[1]} files into which an object was cut (a concatenation) are there; all are "
+            f"{len(files)} of the {needed[cut]} files into which an object was cut (a concatenation) are there; all are "
             "needed. Send the whole series again.",
         )
-        for parts, files in found.items()
-        if len(files) < parts[1]
+        for cut, files in found.items()
+        if len(files) < needed[cut]
     }
     return [
-        replace(frame, flaw=frame.flaw or flaws[frame.parts]) if frame.parts in flaws else frame for frame in frames
+        replace(frame, flaw=frame.flaw or flaws[frame.parts[0]]) if frame.parts[0] in flaws else frame
+        for frame in frames
     ]
 
 
@@ -207,10 +220,14 @@ def _blank(header: Header, top: dict[int, Any], share: Intern) -> Frame:
         size=share((rows, columns) if min(rows, columns) > 0 else (0, 0)),
         traits=share(_traits(top)),
         clues=_clues(top, share),
-        parts=share((cut, _whole(top, "InConcatenationTotalNumber")) if cut else ("", 0)),
+        parts=share((cut, max(_whole(top, tag) for tag in CUT_INTO)) if cut else ("", 0)),
         announced=_whole(top, "ImagesInAcquisition"),
         mended=share(tuple(header.mended)),
     )
+
+
+CUT_INTO = ("InConcatenationTotalNumber", "InConcatenationNumber")
+"""The first need not be there; the number of one part says then how many there are at least."""
 
 
 def _refuse_kind(header: Header, top: dict[int, Any]) -> None:
@@ -289,6 +306,10 @@ def _scale(blank: Frame, levels: Sequence[dict[int, Any]], look: dict[int, Any])
         what = f"its RescaleSlope {slope} and RescaleIntercept {intercept} give no values"
         raise _unreadable(path, what, "values")
     tables = look.get(tag_for_keyword("ModalityLUTSequence"))
+    if not tables and not here:
+        mapped = _real_world(packing, look, path)
+        if mapped is not None:
+            return mapped
     if not tables:
         stated = " ".join(word for word in ("slope", "intercept") if _has(here, f"Rescale{word.title()}"))
         return Scale(slope=slope, intercept=intercept, stated=stated, padding=_padding(packing, look))
@@ -297,6 +318,22 @@ def _scale(blank: Frame, levels: Sequence[dict[int, Any]], look: dict[int, Any])
         raise _unreadable(path, what, "contradiction")
     first, table = _table(tables[0], packing, path)
     return Scale(first=first, table=table, stated="table")
+
+
+def _real_world(packing: Packing, look: dict[int, Any], path: Path) -> Scale | None:
+    """Where there is no slope, as in parametric maps, the real world value mapping says what is measured (PS3.3 C.7.6.16.2.11)."""
+    items = [_flat(item) for item in look.get(_tag("RealWorldValueMappingSequence")) or []]
+    if not items:
+        return None
+    lines = {
+        tuple(_one_number(item, f"RealWorldValue{word}", np.nan) for word in ("Slope", "Intercept")) for item in items
+    }
+    slope, intercept = lines.pop()
+    largest = abs(slope) * 2.0**packing.stored + abs(intercept)
+    if lines or slope == 0 or not largest <= np.finfo(np.float32).max:
+        what = "its values have no slope of their own, and its real world value mappings are several, or no line"
+        raise _unreadable(path, what, "values")
+    return Scale(slope=slope, intercept=intercept, stated="real world", padding=_padding(packing, look))
 
 
 def _table(item: Dataset, packing: Packing, path: Path) -> tuple[int, bytes]:
@@ -338,7 +375,8 @@ MACROS = tuple(
         *("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence"),
         *("PixelValueTransformationSequence", "FrameContentSequence", "MREchoSequence", "MRDiffusionSequence"),
         *("MRImageFrameTypeSequence", "CTImageFrameTypeSequence", "PETFrameTypeSequence", "XRay3DFrameTypeSequence"),
-        *("CardiacSynchronizationSequence", "TemporalPositionSequence", "MRTimingAndRelatedParametersSequence"),
+        *("CardiacSynchronizationSequence", "RespiratorySynchronizationSequence", "TemporalPositionSequence"),
+        *("MRTimingAndRelatedParametersSequence",),
         *("MRModifierSequence", "CTReconstructionSequence", "CTXRayDetailsSequence"),
         *("UnassignedPerFrameConvertedAttributesSequence", "UnassignedSharedConvertedAttributesSequence"),
     )
@@ -365,7 +403,7 @@ def _grouped(header: Header, top: dict[int, Any], blank: Frame, share: Intern) -
             blank,
             number=number,
             traits=share(_traits(look)),
-            clues=_clues(look, share, instance=float(number), places=places),
+            clues=_clues(look, share, within=number / len(own_groups), places=places),
         )
         try:
             position, plane = _place(header.path, look, share)
@@ -377,9 +415,11 @@ def _grouped(header: Header, top: dict[int, Any], blank: Frame, share: Intern) -
 
 
 def _in_groups(groups: Sequence[Dataset]) -> dict[int, Any]:
-    """Everything in the first item of every known group."""
+    """Everything in the first item of every known group, and all items of the one that may have several."""
     found: dict[int, Any] = {}
     for group in groups[:1]:
+        if mappings := group.get("RealWorldValueMappingSequence"):
+            found[_tag("RealWorldValueMappingSequence")] = mappings
         for macro in MACROS:
             sequence = group.get(macro)
             for element in sequence.value[0] if sequence is not None and sequence.value else ():
@@ -536,6 +576,7 @@ def _traits(look: dict[int, Any]) -> Traits:
         b_value=_rounded(b_value),
         time=_text(look, "TemporalPositionIndex") or _text(look, "TemporalPositionIdentifier"),
         stack=_text(look, "StackID"),
+        units=(_text(look, "Units") or _text(look, "RescaleType")).upper(),
     )
 
 
@@ -598,15 +639,18 @@ def _direction(look: dict[int, Any]) -> str:
     return f"{said} {(numbers + 0.0).round(2).tolist()}" if len(numbers) == 3 else said
 
 
-def _clues(look: dict[int, Any], share: Intern, instance: float | None = None, places: tuple[bool, ...] = ()) -> Clues:
-    trigger = [_one_number(look, tag, np.nan) for tag in TRIGGERS]
+def _clues(look: dict[int, Any], share: Intern, within: float | None = None, places: tuple[bool, ...] = ()) -> Clues:
+    """`within` is how far in its file a frame lies, from 0 to 1, where it is one of several."""
+    instance = _one_number(look, "InstanceNumber", np.nan if within is None else 0.0) + (within or 0.0)
     values = _numbers(look, "DimensionIndexValues")
     time = partial(_seconds, look)
     return Clues(
         image_type=share("/".join(_words(look, "FrameType") or _words(look, "ImageType"))),
         kind=share(_text(look, "SOPClassUID")),
         acquisition=share(_text(look, "FrameAcquisitionNumber") or _text(look, "AcquisitionNumber")),
-        trigger=next((number for number in trigger if np.isfinite(number)), None),
+        trigger=_first_number(look, TRIGGERS),
+        percent=share(" ".join(filter(None, (_text(look, tag) for tag in PERCENTAGES)))),
+        offset=_first_number(look, OFFSETS),
         direction=share(_direction(look)),
         inversion=share(_text(look, "InversionTime") or _text(look, "InversionTimes")),
         flip=share(_text(look, "FlipAngle")),
@@ -619,13 +663,21 @@ def _clues(look: dict[int, Any], share: Intern, instance: float | None = None, p
         content=time("ContentTime"),
         series=time("SeriesTime"),
         kernel=share(" ".join(_words(look, "ConvolutionKernel"))),
+        correction=share(" ".join(sorted(_words(look, "CorrectedImage")))),
         voltage=share(_text(look, "KVP")),
         repetition=share(_text(look, "RepetitionTime")),
-        instance=_finite(_one_number(look, "InstanceNumber", np.nan)) if instance is None else instance,
+        instance=_finite(instance),
     )
 
 
-TRIGGERS = ("NominalCardiacTriggerDelayTime", "TriggerTime", "NominalPercentageOfCardiacPhase", "FrameReferenceTime")
+TRIGGERS = ("NominalCardiacTriggerDelayTime", "TriggerTime", "NominalRespiratoryTriggerDelayTime")
+PERCENTAGES = ("NominalPercentageOfCardiacPhase", "NominalPercentageOfRespiratoryPhase")
+OFFSETS = ("TemporalPositionTimeOffset", "FrameReferenceTime")
+
+
+def _first_number(look: dict[int, Any], tags: Sequence[str]) -> float | None:
+    numbers = (_one_number(look, tag, np.nan) for tag in tags)
+    return next((number for number in numbers if np.isfinite(number)), None)
 
 
 def _seconds(look: dict[int, Any], tag: str) -> float | None:

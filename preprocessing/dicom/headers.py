@@ -42,12 +42,9 @@ TAGS: tuple[str | int, ...] = (
     *("ConversionType", "SeriesDescription", "ManufacturerModelName", "AcquisitionContrast", "FrameType"),
     *("StudyInstanceUID", "SeriesInstanceUID", "FrameOfReferenceUID", "ConcatenationUID", "InConcatenationNumber"),
     *("AcquisitionNumber", "InstanceNumber", "TemporalPositionIdentifier", "NumberOfTemporalPositions", "TriggerTime"),
-    *(
-        "TemporalPositionIndex",
-        "NominalCardiacTriggerDelayTime",
-        "CardiacCyclePosition",
-        "NominalPercentageOfCardiacPhase",
-    ),
+    *("TemporalPositionIndex", "TemporalPositionTimeOffset", "CardiacCyclePosition"),
+    *("NominalCardiacTriggerDelayTime", "NominalPercentageOfCardiacPhase"),
+    *("NominalRespiratoryTriggerDelayTime", "NominalPercentageOfRespiratoryPhase"),
     *("AcquisitionDate", "AcquisitionTime", "AcquisitionDateTime", "ContentTime", "StackID", "InStackPositionNumber"),
     *("EchoTime", "EchoNumbers", "RepetitionTime", "InversionTime", "FlipAngle", "ComplexImageComponent"),
     *("DiffusionBValue", "DiffusionGradientOrientation", "DiffusionDirectionality", "ScanOptions", "ImageComments"),
@@ -56,7 +53,13 @@ TAGS: tuple[str | int, ...] = (
     *("GantryDetectorTilt", "PatientPosition", "SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration"),
     *("NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
     *("PixelPaddingValue", "PixelPaddingRangeLimit", "RescaleSlope", "RescaleIntercept", "RescaleType"),
-    *("ModalityLUTSequence", "LossyImageCompression", "LossyImageCompressionRatio", "BurnedInAnnotation"),
+    *(
+        "ModalityLUTSequence",
+        "RealWorldValueMappingSequence",
+        "LossyImageCompression",
+        "LossyImageCompressionRatio",
+        "BurnedInAnnotation",
+    ),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
     *("DimensionIndexSequence", "DimensionOrganizationSequence", "DimensionOrganizationType"),
 )
@@ -130,7 +133,7 @@ def read_header(path: Path, tags: Sequence[str | int] = TAGS) -> Header | str:
     """
     try:
         if not path.is_file():  # a pipe would never answer
-            return "no file"
+            return _why_no_file(path)
         with quiet(), path.open("rb") as stream:
             return _read(path, stream, _numbered(tuple(tags)))
     except PermissionError:
@@ -139,6 +142,17 @@ def read_header(path: Path, tags: Sequence[str | int] = TAGS) -> Header | str:
         return f"{DAMAGED}: a DICOM file {damage}"
     except Exception as error:  # pydicom lets any exception out of damaged values (struct, Key, Type, Recursion ...)
         return f"{DAMAGED}: a DICOM file whose header cannot be read ({type(error).__name__})"
+
+
+def _why_no_file(path: Path) -> str:
+    if not path.is_symlink():
+        return "no file"
+    nowhere = "a link that leads nowhere"
+    return f"{DAMAGED}: {nowhere}" if path.suffix.lower() in ("", *ENDINGS) else nowhere
+
+
+ENDINGS = (".dcm", ".dicom", ".ima")
+"""How DICOM files are named, if their names say it at all."""
 
 
 def is_dicom(path: Path) -> bool:
@@ -334,7 +348,7 @@ def _why_not_dicom(path: Path, beginning: bytes) -> str:
         if inside[128:132] == b"DICM" or _begins_bare(inside):
             return f"{DAMAGED}: a DICOM file packed with gzip; unpack it"
     suffix = path.suffix.lower()
-    return f"{DAMAGED}: named {suffix}, but not DICOM" if suffix in (".dcm", ".dicom", ".ima") else "not DICOM"
+    return f"{DAMAGED}: named {suffix}, but not DICOM" if suffix in ENDINGS else "not DICOM"
 
 
 def _meta(beginning: bytes, start: int) -> tuple[FileMetaDataset, int]:

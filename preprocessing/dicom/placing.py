@@ -9,7 +9,7 @@ from jaxtyping import Float, Integer, Shaped
 
 from ..reading import STRICT, Reading
 from ..volume import LPS_TO_RAS, SHEAR_TOLERANCE, UnreadableScan
-from .frames import Frame
+from .frames import Frame, Plane
 
 SPACING_TOLERANCE = 0.01
 SPACING_TOLERANCE_MM = 0.01
@@ -165,6 +165,10 @@ def _stacked(frames: Sequence[Frame], name: str) -> _Stack:
     positions = np.array([frame.position for frame in frames], dtype=np.float64)
     order = np.argsort(positions @ directions[2], kind="stable")
     positions = positions[order]
+    upright = _upright(directions, positions, plane)
+    angle = np.degrees(np.linalg.norm(upright[2] - directions[2]))
+    rounded = f"ImageOrientationPatient was rounded to few digits, and was turned upright by {angle:.3f}°."
+    directions = upright
     along = (positions - positions[0]) @ directions.T
     turned = f"ImageOrientationPatient was {skew:.1g} off a right angle, and was straightened."
     few = (
@@ -178,8 +182,36 @@ def _stacked(frames: Sequence[Frame], name: str) -> _Stack:
         spacing=plane.spacing,
         heights=along[:, 2],
         lateral=along[:, :2],
-        repairs=(*([turned] if skew > SHEAR_TOLERANCE else []), *([few] if len(frames) == 2 else [])),
+        repairs=(
+            *([turned] if skew > SHEAR_TOLERANCE else []),
+            *([rounded] if angle > 0 else []),
+            *([few] if len(frames) == 2 else []),
+        ),
     )
+
+
+def _upright(
+    directions: Float[np.ndarray, "3 3"], positions: Float[np.ndarray, "slice 3"], plane: Plane
+) -> Float[np.ndarray, "3 3"]:
+    """Oblique cosines of few digits make straight stacks look tilted; positions over a whole stack are more exact."""
+    along = (positions - positions[0]) @ directions.T
+    drift = np.linalg.norm(along[:, :2], axis=1)
+    step = float(along[-1, 2]) / (len(positions) - 1)
+    if drift.max() <= max(SPACING_TOLERANCE * step, SPACING_TOLERANCE_MM):
+        return directions
+    if len(positions) < 3 or drift[-1] > 1.3 * _rounding(plane) * along[-1, 2]:
+        return directions
+    normal = (positions[-1] - positions[0]) / np.linalg.norm(positions[-1] - positions[0])
+    row, column = _right_angled(*(axis - (axis @ normal) * normal for axis in directions[:2]))
+    return np.array([row, column, np.cross(row, column)])
+
+
+def _rounding(plane: Plane) -> float:
+    """The last digit of oblique cosines of 3 to 5 digits; 0 where they are exact."""
+    cosines = np.array([*plane.row, *plane.column])
+    if np.array_equal(cosines, cosines.round()):
+        return 0.0
+    return next((10.0**-digits for digits in (3, 4, 5) if np.abs(cosines - cosines.round(digits)).max() < 1e-9), 0.0)
 
 
 def _right_angled(row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -215,7 +215,7 @@ def _by_traits(frames: list[Frame]) -> list[Separator]:
     quantities = [one.quantity for one in traits]
     plain = "magnitude" if traits[0].modality == "MR" else "plain"
     times = _gaps([one.echo_time for one in traits], lambda echo: 0.05 + 0.005 * echo)
-    b_values = known(_gaps([one.b_value for one in traits], lambda b: 4.9 + 0.01 * b))
+    b_values = known(_gaps([one.b_value for one in traits], lambda b: max(4.9, 0.01 * b)))
     echoes = known(
         [(time, _natural(one.echo)) if time or one.echo else None for time, one in zip(times, traits, strict=True)]
     )
@@ -228,6 +228,7 @@ def _by_traits(frames: list[Frame]) -> list[Separator]:
         Separator({b: "b unknown" if b is None else f"b {b:.0f}" for b in b_values}, b_values),
         _numbered("time", time),
         _numbered("stack", stack),
+        _numbered("units", _known([one.units for one in traits])),
     ]
 
 
@@ -298,14 +299,14 @@ def _word(text: str) -> str:
 # another volume where several frames lie at one place
 
 WORDS = {
-    **{"image_type": "type", "kind": "class", "acquisition": "acquisition", "trigger": "phase"},
-    **{"direction": "direction", "inversion": "inversion", "flip": "flip", "dimension": "dimension"},
-    **{"acquired": "time", "content": "time", "series": "time", "kernel": "kernel", "voltage": "voltage"},
-    **{"repetition": "repetition"},
+    **{"image_type": "type", "kind": "class", "acquisition": "acquisition", "trigger": "phase", "percent": "phase"},
+    **{"offset": "time", "direction": "direction", "inversion": "inversion", "flip": "flip", "dimension": "dimension"},
+    **{"acquired": "time", "content": "time", "series": "time", "kernel": "kernel", "correction": "correction"},
+    **{"voltage": "voltage", "repetition": "repetition"},
 }
 """How a volume is called that one of the Clues told from the others."""
 
-RUNNING = ("trigger", "acquired", "content")
+RUNNING = ("trigger", "offset", "acquired", "content")
 """Clues that run on from slice to slice, so that the volumes follow each other in them instead of sharing one value."""
 
 
@@ -315,6 +316,7 @@ def _by_clues(frames: list[Frame]) -> list[Part]:
     if len(set(places_of.tolist())) == len(frames):
         return [Part(name="", frames=tuple(frames))]
     separator = _beside(frames) or _shared_clue(frames, places_of) or _running_clue(frames, places_of)
+    separator = separator or _overlapping(frames, places_of)
     repairs: tuple[str, ...] = ()
     if separator is None:
         separator = _by_instance(frames, places_of)
@@ -364,6 +366,20 @@ def _running_clue(frames: list[Frame], places_of: np.ndarray) -> Separator | Non
         ranks = _ranks(values, places_of)
         if ranks is not None and _follow(values, ranks):
             return _numbered(WORDS[name], ranks)
+    return None
+
+
+def _overlapping(frames: list[Frame], places_of: np.ndarray) -> Separator | None:
+    """Runs that share only some of their places, as of chest and belly: each with even slices and a label of its own."""
+    for name in ("image_type", "acquisition", "kernel", "correction", "voltage"):
+        labels = [getattr(frame.clues, name) for frame in frames]
+        pairs = {*zip(labels, places_of.tolist(), strict=True)}
+        if "" in labels or len(set(labels)) < 2 or len(pairs) < len(frames):
+            continue
+        heights = np.array([frame.position for frame in frames]) @ _normal(frames[0])
+        runs = [np.sort(heights[[label == one for label in labels]]) for one in set(labels)]
+        if all(len(run) > 2 and np.ptp(np.diff(run)) <= 0.01 * np.diff(run).min() + NEAR_MM for run in runs):
+            return _numbered(WORDS[name], labels)
     return None
 
 

@@ -29,7 +29,7 @@ from pipeline.report import Report
 from pipeline.segmentation import read_scan
 from preprocessing import dicom, files
 from preprocessing.records import BadRecord
-from preprocessing.volume import Volume
+from preprocessing.volume import Geometry, Volume
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -195,6 +195,17 @@ def test_every_real_brain_series_is_read_as_simpleitk_reads_it(shared: Path, tmp
         voxels, affine = as_simpleitk_reads(scan.series[0].paths[0].parent)
         np.testing.assert_array_equal(volume.voxels[0], voxels)
         np.testing.assert_allclose(volume.geometry.affine, affine, atol=1e-4)
+
+
+def test_a_scan_of_much_coarser_voxels_is_warned_of(tiny: Path, make_scan: MakeScan, tmp_path: Path) -> None:
+    scan = make_scan(1)
+    coarse = Geometry(shape=scan.geometry.shape, affine=scan.geometry.affine @ np.diag([4.0, 4.0, 4.0, 1.0]))
+    files.write(scan.with_voxels(scan.voxels, coarse), tmp_path / "coarse.nii.gz")
+    (row,) = run(tmp_path / "coarse.nii.gz", tiny, tmp_path / "out").rows
+    assert row.report is not None
+    (warning,) = [said for said in row.report.warnings if "twofold" in said]
+    assert warning.startswith("its voxels of 7.6×8.4×12.8 mm differ over twofold from the ")
+    assert warning.endswith(" mm it was trained on")
 
 
 def test_a_mixed_tree_gives_every_scan_once_and_names_what_was_left_alone(

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -13,7 +14,7 @@ import pytest
 from pipeline import check
 from pipeline.cli import main
 from pipeline.errors import UsageError
-from pipeline.verdicts import left_alone, table
+from pipeline.verdicts import left_alone, table, what_would_help, why_refused
 from preprocessing import dicom, files
 from preprocessing.reading import Reading
 from preprocessing.verdict import Verdict
@@ -67,15 +68,21 @@ def test_the_command_prints_a_table_and_exits_with_2_while_anything_is_refused(t
     told = capsys.readouterr()
     lines = told.out.splitlines()
     assert [line.split()[:2] for line in lines if not line.startswith(" ")][:5] == [
-        ["cut", "refused"], ["gap", "refused"], ["series", "fine"], ["sound", "fine"], ["twice", "repaired"],
+        ["fine", "series"], ["fine", "sound"], ["repaired", "twice"], ["refused", "cut"], ["refused", "gap"],
     ]  # fmt: skip
     assert max(map(len, lines)) <= 100
     assert "    missing_slices: " in told.out and "    repaired: " in told.out
     assert "left alone: 2 files" in told.out and "        notes.txt" in told.out
-    assert told.err == "5 cases: 2 fine, 1 repaired, 2 refused; 2 files left alone\n"
+    assert told.err.splitlines() == [
+        "5 cases: 2 fine, 1 repaired, 2 refused; 2 files left alone",
+        "refused: 1 damaged, 1 missing_slices",
+        "--allow gaps would repair some of them.",
+    ]
+    (tree / "notes.txt").unlink()
     for name in ("cut.nii.gz", "gap"):
         (shutil.rmtree if (tree / name).is_dir() else Path.unlink)(tree / name)
     assert main(["check", str(tree)]) == 0
+    assert capsys.readouterr().err == "3 cases: 2 fine, 1 repaired, 0 refused; 1 file left alone\n"
 
 
 def test_everything_stands_in_the_json(tree: Path, tmp_path: Path, capsys: Said) -> None:
@@ -144,7 +151,21 @@ def test_channels_bring_files_together_and_match_brings_them_onto_one_grid(
     assert main(["check", str(tmp_path / "tree"), "--channels", "t1,t2", "--match", "t3"]) == 2
     assert "t1, t2" in capsys.readouterr().err
     assert main(["check", str(tmp_path / "tree"), "--match", "t1"]) == 2
-    assert "--channels" in capsys.readouterr().err
+    assert "no channels are named; name them all with --channels" in capsys.readouterr().err
+
+
+def test_a_patient_is_a_folder_of_links_named_as_channels_whatever_the_series_are_called(
+    make_scan: MakeScan, tmp_path: Path
+) -> None:
+    (tmp_path / "tree" / "patient").mkdir(parents=True)
+    for name, folder in (("t1", "11-T1post-80644"), ("t2", "37908-T2reg-21119")):
+        dicom.write_series(make_scan(1), tmp_path / "study" / folder, description=name, study="one visit")
+        (tmp_path / "tree" / "patient" / name).symlink_to(tmp_path / "study" / folder)
+    found = check(tmp_path / "tree", channels=("t1", "t2")).verdicts
+    assert list(found) == ["patient"] and found["patient"].channels == ("t1", "t2")
+    apart = check(tmp_path / "study", channels=("t1", "t2")).verdicts
+    assert len(apart) == 2 and {verdict.reason for verdict in apart.values()} == {"channels"}
+    assert all("one file or series folder per channel" in verdict.message for verdict in apart.values())
 
 
 def test_a_fault_of_ours_in_one_scan_is_said_of_that_scan(
@@ -198,13 +219,13 @@ def test_a_repaired_case_of_a_dataset_is_named_and_fine_ones_are_counted(
     nibabel.save(nibabel.Nifti1Image(voxels, image.affine), root / "imagesTr" / "case_1.nii.gz")
     assert main(["check", str(root)]) == 2
     told = capsys.readouterr()
-    assert told.out.startswith("case_1  refused") and "not_numbers" in told.out and "case_0" not in told.out
+    assert told.out.startswith("refused   case_1") and "not_numbers" in told.out and "case_0" not in told.out
     assert main(["check", str(root), "--allow", "nan"]) == 0
     told = capsys.readouterr()
-    assert told.out.startswith("case_1  repaired") and "case_0" not in told.out
+    assert told.out.startswith("repaired  case_1") and "case_0" not in told.out
     assert "3 cases: 2 fine, 1 repaired, 0 refused" in told.err and "every case fits." in told.err
     assert main(["check", str(root), "--allow", "nan", "--all"]) == 0
-    assert "case_0  fine" in capsys.readouterr().out
+    assert "fine      case_0" in capsys.readouterr().out
 
 
 def test_plan_tells_how_many_cases_were_repaired(
@@ -241,7 +262,61 @@ def test_a_table_obeys_no_name_and_cuts_no_path() -> None:
     evil = "a\x1b[2Jb\udcff" + "c" * 200
     printed = table({evil: Verdict(word="fine", modality="\x1b]0;owned\x07")}, columns=80)
     assert "\x1b" not in printed and "\udcff" not in printed and "c" * 200 in printed
-    assert printed.splitlines()[1].split()[0] == "fine"
+    assert printed.split()[0] == "fine"
+
+
+def test_the_table_calls_encodings_as_people_do_and_keeps_to_its_width() -> None:
+    long = "JPEG Lossless, Non-Hierarchical, First-Order Prediction (Process 14 [Selection Value 1]), 12 of 16 bits, unsigned"
+    grid = Geometry(shape=(256, 256, 40), affine=np.diag([1, 1, 1.2, 1]))
+    packed = Verdict(word="fine", modality="MR", geometry=grid, encoding=long)
+    plain = replace(packed, encoding="Explicit VR Little Endian, 16 of 16 bits, signed")
+    assert long in packed.what and packed.brief == "MR, 256×256×40 voxels of 1×1×1.2 mm, RAS, JPEG lossless"
+    assert plain.brief == "MR, 256×256×40 voxels of 1×1×1.2 mm, RAS"
+    assert replace(packed, encoding=f"{long}; {plain.encoding}").brief == packed.brief
+    assert table({"patient7": packed}).splitlines() == [f"fine      patient7  {packed.brief}"]
+    assert table({"patient7": packed}, columns=70).splitlines() == ["fine      patient7", f"          {packed.brief}"]
+
+
+def test_a_note_on_many_cases_is_told_once_and_of_each_on_request() -> None:
+    many = {f"case_{n}": Verdict(word="fine", notes=(f"Instance numbers begin at {n}: look.",)) for n in range(2, 9)}
+    told = table(many).splitlines()
+    assert told[:7] == [f"fine      case_{n}" for n in range(2, 9)]
+    assert told[7:] == [
+        "", "notes on many cases", "     7  Instance numbers begin at …: look.",
+        "        case_2", "        case_3", "        case_4", "        ... and 4 more",
+    ]  # fmt: skip
+    assert table(many, everything=True).count("note: Instance numbers begin at") == 7
+    assert table(dict(list(many.items())[:3])).count("note: ") == 3
+
+
+def test_a_series_over_several_folders_names_them() -> None:
+    sources = ("/disc/a/1.dcm", "/disc/b/2.dcm")
+    assert "from /disc/a, /disc/b" in table({"disc": Verdict(word="fine", channels=("0",), sources=sources)})
+
+
+def test_why_scans_were_refused_is_counted_and_what_may_be_allowed_is_named() -> None:
+    assert why_refused(["too_few_slices", "tilted", "", "too_few_slices"]) == "refused: 2 too_few_slices, 1 tilted"
+    said = ["Resample it, or allow tilt to have it resampled.", "Look for the others."]
+    assert what_would_help(said) == "--allow tilt would repair some of them."
+    assert why_refused(["", ""]) == what_would_help(said[1:]) == ""
+
+
+def test_a_label_that_no_case_has_is_told_before_anything_is_trained(
+    dataset: Callable[..., Path], tmp_path: Path, capsys: Said, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = dataset(tmp_path / "data")
+    declared = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "liver": 1, "Livr tumour": 2}}
+    (root / "dataset.json").write_text(json.dumps(declared))
+    assert main(["check", str(root)]) == 0
+    assert "no case has a voxel of Livr tumour;" in capsys.readouterr().err
+    assert check(root).records()["absent_labels"] == ["Livr tumour"]
+    assert main(["plan", str(root), "--out", str(tmp_path / "plan.yaml"), "--device", "cpu"]) == 0
+    assert "no case has a voxel of Livr tumour" in caplog.text
+
+
+def test_a_folder_in_place_of_the_json_is_told_before_any_work(tree: Path, capsys: Said) -> None:
+    assert main(["check", str(tree), "--json", str(tree)]) == 2
+    assert "--json needs the name of a file" in capsys.readouterr().err
 
 
 def test_files_left_alone_are_told_by_reason_and_all_of_them_on_request() -> None:

@@ -45,6 +45,13 @@ def test_help_of_a_verb_explains_each_of_its_options(verb: str, capsys: Said) ->
     assert told.out.startswith(f"usage: hilum {verb}") and not told.err
 
 
+@pytest.mark.parametrize("verb", ["check", "convert", "segment", "train"])
+def test_help_says_in_words_how_several_are_given(verb: str, capsys: Said) -> None:
+    main([verb, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "words, separated by commas" in told and "<function" not in told and " at 0x" not in told
+
+
 def test_help_of_an_option_is_the_sentence_under_its_field(capsys: Said) -> None:
     main(["segment", "--help"])
     told = " ".join(capsys.readouterr().out.split())

@@ -39,7 +39,7 @@ def test_a_folder_of_several_scans_is_told_one_by_one(make_scan: Callable[..., V
     for number in (1, 2):
         dicom.write_series(make_scan(number), tmp_path / "study" / f"s{number}", description="made up")
     words = show(tmp_path / "study")
-    assert [line.split()[:2] for line in words.splitlines() if line[0] != " "] == [["s1", "fine"], ["s2", "fine"]]
+    assert [line.split()[:2] for line in words.splitlines() if line[0] != " "] == [["fine", "s1"], ["fine", "s2"]]
 
 
 def test_a_plan_is_told_with_its_reasons(make_plan: Callable[..., Plan], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Cases are found wherever they lie: told apart by what is in them, brought together by name, none lost."""
 
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import SimpleITK
 from pipeline.finding import Finds, find_scans
 from pipeline.scan import read_scan
 from preprocessing import dicom, files
-from preprocessing.volume import Volume
+from preprocessing.volume import UnreadableScan, Volume
 
 ScanFile = Callable[..., Path]
 MakeScan = Callable[..., Volume]
@@ -127,10 +128,23 @@ def test_a_damaged_dicom_file_alone_is_a_case_and_beside_a_series_it_is_named(
     )
 
 
+def test_a_slice_that_is_named_stands_for_nothing_but_its_series(
+    make_scan: MakeScan, scan_file: ScanFile, tmp_path: Path
+) -> None:
+    paths = dicom.write_series(make_scan(1), tmp_path / "ct", description="ct")
+    scan_file(tmp_path / "ct" / "labels.nii.gz", 2)
+    (scan,) = find_scans([paths[3]]).scans
+    assert set(scan.files) == set(paths)
+    assert len(find_scans([tmp_path / "ct"]).scans) == 2
+
+
 def test_a_header_that_cannot_be_opened_stops_nobody(tmp_path: Path, scan_file: ScanFile) -> None:
     scan_file(tmp_path / "a.nii.gz")
     (tmp_path / "b.mhd").symlink_to(tmp_path / "gone.mhd")
-    assert ids(find_scans([tmp_path])) == ["a"]
+    found = find_scans([tmp_path])
+    assert ids(found) == ["a", "b"]  # what it was is lost, and is said so
+    with pytest.raises(UnreadableScan):
+        read_scan(found.scans[1])
 
 
 def test_what_a_file_is_decides_and_not_its_name(scan_file: ScanFile, make_scan: MakeScan, tmp_path: Path) -> None:
@@ -159,7 +173,40 @@ def test_a_closed_folder_or_a_link_in_a_circle_stops_nobody_and_is_named(
             raise PermissionError(13, "Permission denied")
         return really(folder)
 
+    really_stat = Path.stat
+
+    def hidden(path: Path, **how: bool) -> os.stat_result:
+        if path.parent.name == "closed":  # what lies in a closed folder cannot even be asked for
+            raise PermissionError(13, "Permission denied")
+        return really_stat(path, **how)
+
     monkeypatch.setattr(Path, "iterdir", closed)
+    monkeypatch.setattr(Path, "stat", hidden)
     found = find_scans([tmp_path])
     assert ids(found) == ["a"]
     assert set(found.left_alone) == {str(tmp_path / "closed"), str(tmp_path / "open" / "circle")}
+
+
+def test_folders_that_link_to_each_other_are_walked_to_an_end(make_scan: MakeScan, tmp_path: Path) -> None:
+    names = "abcd"
+    for seed, name in enumerate(names):
+        dicom.write_series(make_scan(seed), tmp_path / name, description=name)
+    for one in names:
+        for other in names.replace(one, ""):
+            (tmp_path / one / f"to_{other}").symlink_to(tmp_path / other)
+    finds = find_scans([tmp_path])
+    assert len(finds.scans) == len(names) and any("too many" in reason for reason in finds.left_alone.values())
+
+
+def test_nothing_that_is_no_file_goes_without_a_word(make_scan: MakeScan, tmp_path: Path) -> None:
+    paths = dicom.write_series(make_scan(1), tmp_path / "ct", description="ct")
+    os.mkfifo(tmp_path / "ct" / "pipe")
+    (tmp_path / "gone.nii.gz").symlink_to(tmp_path / "nowhere")
+    paths[-1].unlink()
+    paths[-1].symlink_to(tmp_path / "nowhere")
+    finds = find_scans([tmp_path])
+    assert "pipe" in finds.left_alone[str(tmp_path / "ct" / "pipe")]
+    assert {scan.case_id for scan in finds.scans} == {"ct", "gone"}
+    for scan in finds.scans:
+        with pytest.raises(UnreadableScan):
+            read_scan(scan)

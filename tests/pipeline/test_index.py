@@ -65,14 +65,15 @@ def test_the_table_has_one_row_per_case_and_columns_that_do_not_move(tmp_path: P
     content = (tmp_path / "summary.csv").read_text(encoding="utf-8")
     header, *lines = csv.reader(io.StringIO(content))
     assert header == [
-        "case", "status", "verdict", "liver ml", "lesion ml", "warnings", "repairs", "seconds", "message",
+        "case", "status", "verdict", "reason", "liver ml", "lesion ml", "warnings", "repairs", "seconds", "message",
     ]  # fmt: skip
-    assert lines[0] == ["first", "done", "fine", "1180.4200", "0.0500", "", "", "3.25", ""]
-    assert lines[1][5] == "look, again | twice"
+    assert lines[0] == ["first", "done", "fine", "", "1180.4200", "0.0500", "", "", "3.25", ""]
+    assert lines[1][6] == "look, again | twice"
     assert lines[2] == [
         "third",
         "failed",
         "refused",
+        "damaged",
         "",
         "",
         "",

@@ -326,6 +326,13 @@ def test_nothing_found_in_an_odd_scan_still_makes_a_picture(shape: tuple[int, in
     assert sheet.height < 1600
 
 
+def test_the_picture_of_a_repaired_scan_says_that_it_was_repaired() -> None:
+    sound = phantom_result()
+    was = replace(sound.scan.provenance, repairs=("2 missing slices were interpolated.",))
+    repaired = replace(sound, scan=replace(sound.scan, provenance=was))
+    assert overlay.picture(repaired).height - overlay.picture(sound).height == 24  # one line more
+
+
 def test_a_hundred_labels_all_stand_in_the_legend() -> None:
     found = np.arange(105, dtype=np.uint8)[None, None].repeat(2, 0).repeat(2, 1)
     table = tuple(Label(value=v, name=f"rib_{v}", colour=(v, 255 - v, 128)) for v in range(1, 105))

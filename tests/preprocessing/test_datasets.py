@@ -225,7 +225,7 @@ SPOILT = {
     spoil_kind: "holds values that are no labels",
     spoil_sign: "holds values that are no labels",
     spoil_file: "case_0.nii.gz",
-    spoil_dimension: "2 channel(s)",
+    spoil_dimension: "2 channels",
     spoil_label_channels: "a label map has one",
 }
 

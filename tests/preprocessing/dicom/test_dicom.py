@@ -16,7 +16,16 @@ from pydicom.uid import RLELossless, generate_uid
 from preprocessing import dicom
 from preprocessing.reading import Reading
 from preprocessing.volume import UnreadableScan
-from tests.preprocessing.dicom.slices import SHAPE, a_volume, an_affine, as_simpleitk_reads, read_one, turned
+from tests.preprocessing.dicom.slices import (
+    SHAPE,
+    a_stack,
+    a_volume,
+    an_affine,
+    as_simpleitk_reads,
+    read_one,
+    save,
+    turned,
+)
 
 
 @pytest.fixture
@@ -419,3 +428,34 @@ def test_a_deflated_series_is_read(folder: Path) -> None:
         data.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2.1.99"
         data.save_as(path)
     np.testing.assert_array_equal(read_one(folder).voxels, before)
+
+
+@pytest.mark.parametrize("tag", ["PatientID", "StudyInstanceUID"])
+def test_a_slice_that_does_not_name_its_patient_or_study_is_no_series_of_its_own(tag: str, tmp_path: Path) -> None:
+    """The last slice leaves no gap: apart from its series, nobody would miss it."""
+    save(tmp_path, a_stack(5, **{"PatientID": "P", tag: lambda k: "" if k == 4 else "1.2"}))
+    volume = read_one(tmp_path)
+    assert volume.geometry.shape[2] == 5 and "was not named in some slices" in volume.provenance.repairs[0]
+
+
+def test_slices_of_nobody_go_to_neither_of_two_patients(tmp_path: Path) -> None:
+    save(tmp_path, a_stack(5, PatientID=lambda k: ["A", "A", "B", "B", ""][k]))
+    assert len(dicom.series_in(list(tmp_path.iterdir()))[0]) == 3
+
+
+def test_what_is_named_like_the_slices_beside_it_was_one(tmp_path: Path) -> None:
+    save(tmp_path, a_stack(5), name="IM{:04d}".format)
+    (tmp_path / "IM0005").write_bytes(b"")
+    (tmp_path / "README").write_bytes(b"")
+    _, left_alone = dicom.series_in(list(tmp_path.iterdir()))
+    assert left_alone[tmp_path / "IM0005"].startswith(dicom.DAMAGED) and left_alone[tmp_path / "README"] == "not DICOM"
+
+
+def test_a_link_that_leads_nowhere_may_have_been_a_slice(tmp_path: Path) -> None:
+    paths = save(tmp_path, a_stack(5))
+    paths[4].unlink()
+    paths[4].symlink_to(tmp_path / "gone")
+    (tmp_path / "notes.txt").symlink_to(tmp_path / "gone")
+    _, left_alone = dicom.series_in(list(tmp_path.iterdir()))
+    assert left_alone[paths[4]].startswith(dicom.DAMAGED)
+    assert left_alone[tmp_path / "notes.txt"] == "a link that leads nowhere"

@@ -16,7 +16,7 @@ from pydicom.uid import generate_uid
 
 from preprocessing import dicom
 from preprocessing.reading import Reading
-from preprocessing.volume import UnreadableScan
+from preprocessing.volume import UnreadableScan, Volume
 from tests.preprocessing.dicom.slices import (
     LPS_TO_RAS,
     SHARED,
@@ -566,3 +566,105 @@ def test_a_frame_that_lost_its_scale_is_not_read_as_another_one(tmp_path: Path) 
     frames = [placed(z, values=constant(10), **({} if z == 1 else scale)) for z in (0.0, 1.0, 2.0)]
     save(tmp_path, [many_frames(frames, {**SHARED, "PixelValueTransformationSequence": {"RescaleType": "US"}})])
     refused(tmp_path, "values")
+
+
+def test_a_part_that_was_never_sent_is_missed_by_its_number(tmp_path: Path) -> None:
+    """Nobody has to say into how many files an object was cut, but the third one says that there are three."""
+    parts = [
+        many_frames(
+            [placed(2.0 * k) for k in range(3 * n, 3 * n + 3)], ConcatenationUID="1.7", InConcatenationNumber=n + 1
+        )
+        for n in range(3)
+    ]
+    save(tmp_path / "whole", parts)
+    assert read_one(tmp_path / "whole").geometry.shape[2] == 9
+    save(tmp_path / "cut", parts[1:])
+    refused(tmp_path / "cut", "missing_slices", "2 of the 3 files")
+
+
+def test_a_file_per_time_point_is_told_from_others_by_its_number(tmp_path: Path) -> None:
+    for at_once in (6, 1):  # frames in a file
+        files = [
+            many_frames(
+                [placed(2.0 * k, values=np.full((5, 6), 10 * t + k, np.int16)) for k in range(first, first + at_once)],
+                InstanceNumber=6 * t + first + 1,
+                SharedFunctionalGroupsSequence=None,
+                PixelSpacing=[1, 1],
+                ImageOrientationPatient=[1, 0, 0, 0, 1, 0],
+            )
+            for t in range(3)
+            for first in range(0, 6, at_once)
+        ]
+        save(tmp_path / str(at_once), files)
+        series = series_of(tmp_path / str(at_once))
+        assert set(series) == {"repeat 1", "repeat 2", "repeat 3"}
+        for t, name in enumerate(sorted(series)):
+            volume = dicom.read(series[name])
+            np.testing.assert_array_equal(volume.voxels[0, 0, 0], 10 * t + np.arange(6))
+            assert "instance numbers" in volume.provenance.repairs[0]
+
+
+def mapped(*slopes: float) -> dict[str, Any]:
+    """Shared groups that have a real world value mapping per slope in place of a rescale slope."""
+    rest = {macro: item for macro, item in SHARED.items() if macro != "PixelValueTransformationSequence"}
+    return {**rest, "RealWorldValueMappingSequence": {"RealWorldValueSlope": slopes[0], "RealWorldValueIntercept": 0.0}}
+
+
+def test_where_there_is_no_slope_the_real_world_value_mapping_holds(tmp_path: Path) -> None:
+    """As in parametric maps, whose stored values mean nothing; a slope beside it comes first."""
+    frames = [placed(2.0 * k) for k in range(4)]
+    save(tmp_path / "map", [many_frames(frames, mapped(SLOPE))])
+    assert_shows_the_ramp(read_one(tmp_path / "map"))
+    both = SHARED | {"RealWorldValueMappingSequence": {"RealWorldValueSlope": 7.0, "RealWorldValueIntercept": 0.0}}
+    save(tmp_path / "both", [many_frames(frames, both)])
+    assert_shows_the_ramp(read_one(tmp_path / "both"))
+
+
+def test_several_real_world_values_are_no_one_value(tmp_path: Path) -> None:
+    data = many_frames([placed(2.0 * k) for k in range(4)], mapped(SLOPE))
+    mappings = data.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence
+    other = Dataset()
+    other.RealWorldValueSlope, other.RealWorldValueIntercept = 5.0, 0.0
+    mappings.append(other)
+    save(tmp_path, [data])
+    refused(tmp_path, "values", "real world value mappings")
+
+
+def shown(volume: Volume) -> int:
+    """The stored value that every voxel has."""
+    assert np.ptp(volume.voxels) == 0
+    return round(float(volume.voxels.max()) / SLOPE)
+
+
+def test_phases_of_heart_and_breath_come_apart_together(tmp_path: Path) -> None:
+    """Delays differ from slice to slice, as hearts do not beat evenly; the share of the cycle tells the phases."""
+    frames = [
+        placed(
+            2.0 * k,
+            values=constant(10 * phase + breath),
+            CardiacSynchronizationSequence={
+                "NominalPercentageOfCardiacPhase": 5.0 * phase,
+                "NominalCardiacTriggerDelayTime": (40.0 + 3 * k) * phase,
+            },
+            RespiratorySynchronizationSequence={"NominalPercentageOfRespiratoryPhase": 50.0 * breath},
+        )
+        for phase in range(20)
+        for breath in range(2)
+        for k in range(4)
+    ]
+    save(tmp_path, [many_frames(frames)])
+    volumes = [dicom.read(one) for one in series_of(tmp_path).values()]
+    assert sorted(shown(volume) for volume in volumes) == [10 * p + b for p in range(20) for b in range(2)]
+    assert all(volume.geometry.shape[2] == 4 for volume in volumes)
+
+
+def test_time_offsets_tell_time_points_apart(tmp_path: Path) -> None:
+    frames = [
+        placed(2.0 * k, values=constant(t), TemporalPositionSequence={"TemporalPositionTimeOffset": 5.0 * t})
+        for k in range(4)
+        for t in range(3)
+    ]
+    save(tmp_path, [many_frames(frames)])
+    series = series_of(tmp_path)
+    assert set(series) == {"time 1", "time 2", "time 3"}
+    assert [shown(dicom.read(series[name])) for name in sorted(series)] == [0, 1, 2]

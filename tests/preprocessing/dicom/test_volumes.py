@@ -152,6 +152,8 @@ def test_one_slice_that_does_not_say_goes_with_the_others(tag: str, tmp_path: Pa
         ({"SeriesTime": "101010"}, {"SeriesTime": "101012"}, "time"),
         ({"KVP": 80.0}, {"KVP": 140.0}, "voltage"),
         ({"ConvolutionKernel": "B30f"}, {"ConvolutionKernel": "B70f"}, "kernel"),
+        ({"CorrectedImage": "ATTN"}, {"CorrectedImage": "DECY"}, "correction"),
+        ({"FrameReferenceTime": 500.0, "TriggerTime": 0.0}, {"FrameReferenceTime": 900.0, "TriggerTime": 0.0}, "time"),
     ],
 )
 def test_volumes_at_one_place_come_apart_by_the_first_clue_that_does(
@@ -161,7 +163,7 @@ def test_volumes_at_one_place_come_apart_by_the_first_clue_that_does(
     series = series_of(tmp_path)
     assert set(series) == {f"{word} 1", f"{word} 2"}
     for rank, values in ((1, first), (2, second)):
-        ((tag, value),) = values.items()
+        tag, value = next(iter(values.items()))
         headers = [pydicom.dcmread(path) for path in series[f"{word} {rank}"].paths]
         if word not in ("type", "direction"):
             assert all(str(header[tag].value) == str(value) for header in headers)
@@ -219,6 +221,52 @@ def test_a_stray_value_does_not_divide_what_it_cannot_divide_evenly(tmp_path: Pa
     with pytest.raises(UnreadableScan) as no:
         read_one(tmp_path)
     assert no.value.reason == "duplicate_slices"
+
+
+@pytest.mark.parametrize("tag", ["AcquisitionNumber", "ConvolutionKernel", "KVP"])
+def test_runs_that_share_only_some_places_come_apart_by_a_label_of_their_own(tag: str, tmp_path: Path) -> None:
+    """Chest and belly in one series, which overlap; every slice lies where it lies, and nothing is made up."""
+    runs = {1: range(8), 2: range(5, 11)}
+    slices = [
+        a_slice(
+            (-10, -20, 2.0 * k), values=np.full((5, 6), 100 * run + k, np.int16), InstanceNumber=k, **{tag: str(run)}
+        )
+        for run, ks in runs.items()
+        for k in ks
+    ]
+    save(tmp_path, slices)
+    series = series_of(tmp_path)
+    assert len(series) == 2
+    for one, (run, ks) in zip((series[name] for name in sorted(series)), runs.items(), strict=True):
+        volume = dicom.read(one)
+        np.testing.assert_array_equal(volume.voxels[0, 0, 0], [100 * run + k for k in ks])
+        assert volume.geometry.affine[2, 3] == 2.0 * ks[0]
+
+
+def test_overlapping_runs_of_which_one_lacks_a_slice_are_refused(tmp_path: Path) -> None:
+    slices = [
+        a_slice((0, 0, 2.0 * k), values=np.full((5, 6), n, np.int16), AcquisitionNumber=n, InstanceNumber=k)
+        for n, ks in ((1, (0, 1, 2, 4, 5, 6)), (2, range(4, 11)))
+        for k in ks
+    ]
+    save(tmp_path, slices)
+    with pytest.raises(UnreadableScan) as no:
+        read_one(tmp_path)
+    assert no.value.reason == "duplicate_slices"
+
+
+@pytest.mark.parametrize("tag", ["Units", "RescaleType"])
+def test_slices_that_count_other_units_are_never_one_volume(tag: str, tmp_path: Path) -> None:
+    save(tmp_path, a_stack(6, **{tag: lambda k: "BQML" if k < 3 else "CNTS"}))
+    assert {name: len(one.paths) for name, one in series_of(tmp_path).items()} == {"units 1": 3, "units 2": 3}
+
+
+def test_neighbouring_low_b_values_stay_apart(tmp_path: Path) -> None:
+    """As in perfusion studies (IVIM); what differs by a hundredth of itself is one b-value that wavers."""
+    stacks = [a_stack(3, DiffusionBValue=float(b), Modality="MR") for b in (0, 5, 10, 15, 20)]
+    wavering = a_stack(3, DiffusionBValue=lambda k: 990.0 + 5 * k, Modality="MR")
+    save(tmp_path, [data for stack in (*stacks, wavering) for data in stack])
+    assert set(series_of(tmp_path)) == {"b 0", "b 5", "b 10", "b 15", "b 20", "b 990"}
 
 
 def test_stacks_side_by_side_are_two_volumes(tmp_path: Path) -> None:
