@@ -50,7 +50,7 @@ class Verdict:
 
     @property
     def brief(self) -> str:
-        """The same with the encoding in a word or two, and none for DICOM that is not compressed."""
+        """The same with the encoding in a word or two."""
         packings = dict.fromkeys(_in_brief(one) for one in self.encoding.split("; "))
         return self._said("; ".join(filter(None, packings)))
 
@@ -64,7 +64,8 @@ class Verdict:
 
 
 BRIEFLY = {
-    "Implicit VR": "", "Explicit VR": "", "Deflated Explicit VR": "", "Encapsulated Uncompressed": "",
+    "Implicit VR": "implicit VR", "Explicit VR Little": "explicit VR", "Explicit VR Big": "explicit VR, big-endian",
+    "Deflated Explicit VR": "deflated", "Encapsulated Uncompressed": "uncompressed",
     "JPEG Lossless": "JPEG lossless", "JPEG-LS Lossless": "JPEG-LS", "JPEG-LS Lossy": "JPEG-LS, lossy",
     "JPEG 2000": "JPEG 2000", "High-Throughput JPEG 2000": "HTJ2K", "JPEG ": "JPEG, lossy", "RLE": "RLE",
     "NIfTI": "NIfTI", "NRRD": "NRRD", "MetaImage": "MetaImage",
