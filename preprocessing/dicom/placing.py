@@ -217,6 +217,8 @@ def _rounding(plane: Plane) -> float:
 def _right_angled(row: np.ndarray, column: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both turned by the same, so that neither is believed more than the other."""
     row, column = row / np.linalg.norm(row), column / np.linalg.norm(column)
+    if abs(float(row @ column)) < 1e-12:  # as they are: to turn them would only round
+        return row, column
     half_sum, half_difference = row + column, row - column
     half_sum, half_difference = half_sum / np.linalg.norm(half_sum), half_difference / np.linalg.norm(half_difference)
     return (half_sum + half_difference) / np.sqrt(2), (half_sum - half_difference) / np.sqrt(2)
