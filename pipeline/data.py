@@ -111,9 +111,7 @@ def _prepare_case(dataset: Dataset, files: CaseFiles, plan: Plan, folder: Path) 
     assert case.labels is not None
     image, trail = prepare(case.image, plan.steps)
     labels = trail.follow(case.labels).voxels
-    classes = np.zeros(int(max(plan.lookup.max(), labels.max())) + 1, dtype=np.int16)
-    classes[plan.lookup] = np.arange(plan.classes)
-    numbered = classes[labels]
+    numbered = plan.numbered(labels)
     seed = int(hashlib.sha256(files.id.encode()).hexdigest()[:8], 16)
     places = Places.of(numbered, np.random.default_rng(seed))
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,10 @@ class CaseFiles:
     images: tuple[Path, ...]
     """One file of all channels, or one file (or DICOM series folder) per channel, in the dataset's order."""
     labels: Path | None
+    annotated: tuple[str, ...] | None = None
+    """Names of the labels that were looked for in this case; None: all of them. Others may be there unpainted."""
+    patient: str = ""
+    """Cases of one patient are never divided between training and validation; empty: a patient of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,11 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
+from jaxtyping import Bool, Int16, Integer
 
 from .codes import Code, Meaning, meaning_of
 from .records import BadRecord, decode, encode
@@ -30,6 +31,8 @@ class Label:
     """The thing itself."""
     modifiers: tuple[Code, ...] = ()
     """Left, right, anterior ..."""
+    parts: tuple[int, ...] = ()
+    """A region: the values of the label files that make it up together. Empty: it is one value, its own."""
 
     @property
     def meaning(self) -> Meaning:
@@ -38,6 +41,36 @@ class Label:
         if self.category is None and self.type is None:
             return told
         return Meaning(category=self.category or told.category, type=self.type or told.type, modifiers=self.modifiers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a network is trained; says nothing about which."""
+
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is Nesterov's."""
+    learning_rate: float = 2e-3
+    """At the start; it warms up, then falls to zero at the end."""
+    weight_decay: float = 1e-2
+    momentum: float = 0.99
+    """Of `sgd` alone."""
+    warmup_steps: int = 20
+    """Steps over which the rate rises to what it is."""
+    average: float = 0.0
+    """Share of the weights' running mean that each step keeps; 0: the weights of the last step are taken."""
+    loss: str = "dice_cross_entropy"
+    """A name of networks/parts/losses.py."""
+    batch_dice: bool = False
+    """Count Dice over the windows of a step together, not window by window."""
+    foreground: float = 0.5
+    """Share of training windows that are centred on a label."""
+    mirror: tuple[bool, bool, bool] = (False, False, False)
+    """Which axes (Right, Anterior, Superior) are mirrored at random."""
+    augmentation: Literal["default", "nnunet", "none"] = "default"
+    epochs: int = 100
+    """When neither minutes nor epochs are asked for."""
+    steps_per_epoch: int | None = None
+    """None: a rule, about one window per case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +95,14 @@ class Plan:
     """Why each number is what it is."""
     dataset: str = ""
     """sha256 over the dataset's files: which data this plan was made for."""
+    ignored: int | None = None
+    """The value in label files under which nobody knows the truth: no loss there."""
+    mode: Literal["hilum", "nnunet"] = "hilum"
+    """Whose rules made it."""
+    network_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of the network that the rules ask for; `train --network_options` wins."""
+    recipe: Recipe = field(default_factory=Recipe)
+    """How a network is trained on it."""
 
     def __post_init__(self) -> None:
         values = [label.value for label in self.labels]
@@ -80,15 +121,41 @@ class Plan:
             )
 
     @property
+    def has_regions(self) -> bool:
+        """Whether labels may overlap: then each has a channel and a sigmoid of its own, and there is no background
+        channel; in a label map a later label is painted over an earlier one (nnU-Net's regions_class_order)."""
+        return any(label.parts for label in self.labels)
+
+    @property
     def classes(self) -> int:
-        """Channels a network puts out: one per label and one for the background."""
-        return len(self.labels) + 1
+        """Channels a network puts out: one per label, and one for the background unless labels are regions."""
+        return len(self.labels) + (not self.has_regions)
 
     @property
     def lookup(self) -> np.ndarray:
-        """From a network's channel to the value in a label map."""
+        """From a number, 0 for nothing and n + 1 for labels[n], to the value in a label map that is written."""
         values = [0, *(label.value for label in self.labels)]
         return np.array(values, dtype=np.uint8 if max(values) < 256 else np.uint16)
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """The values of label files that mean something, in the order in which training numbers them, from 1."""
+        return tuple(dict.fromkeys(part for label in self.labels for part in label.parts or (label.value,)))
+
+    @property
+    def membership(self) -> Bool[np.ndarray, "label part"]:
+        """Which numbers of `numbered` belong to each label; column 0 is the background and belongs to none."""
+        own = [label.parts or (label.value,) for label in self.labels]
+        return np.array([[False, *(part in values for part in self.parts)] for values in own])
+
+    def numbered(self, labels: Integer[np.ndarray, "..."]) -> Int16[np.ndarray, "..."]:
+        """Values of a label file as training knows them: 0 background, n + 1 for parts[n], -1 where ignored."""
+        size = max(int(labels.max(initial=0)), *self.parts, self.ignored or 0) + 1
+        number = np.zeros(size, dtype=np.int16)
+        number[list(self.parts)] = np.arange(1, len(self.parts) + 1)
+        if self.ignored is not None:
+            number[self.ignored] = -1
+        return number[labels]
 
     def write(self, path: Path) -> None:
         """A YAML a person can read and edit."""
@@ -116,7 +183,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """sha256 of everything that changes a prepared voxel: the key of the cache."""
-        return hashlib.sha256(json.dumps(encode([self.channels, self.labels, self.steps])).encode()).hexdigest()
+        said = [self.channels, self.labels, self.ignored, self.steps]
+        return hashlib.sha256(json.dumps(encode(said)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
