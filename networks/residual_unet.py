@@ -1,4 +1,4 @@
-"""A U-Net with a residual encoder: our default, and the shape nnU-Net's ResEnc presets have."""
+"""A U-Net with a residual encoder: our default, and what nnU-Net's presets have, its plain one among them."""
 
 from dataclasses import dataclass, replace
 
@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .parts.blocks import (
     ResidualBlock,
-    Triple,
     convolution,
     initialise,
     refuse_unless_multiple,
@@ -25,25 +24,36 @@ class Config:
     """No stage has more channels than this."""
     blocks: tuple[int, ...] = (1, 2, 2, 2)
     """Residual blocks per stage, finest first; the last number serves all deeper stages."""
-    strides: tuple[tuple[int, int, int], ...] = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
-    """How much each stage shrinks each axis, finest first. `fit` chooses them; the first is always (1, 1, 1)."""
-    kernels: tuple[tuple[int, int, int], ...] = ((3, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
-    """Size of the convolutions of each stage. `fit` chooses them."""
+    plain: bool = False
+    """Convolutions without shortcuts instead, `blocks` of them per stage and no stem: nnU-Net's first network."""
+    decoder: int = 1
+    """Convolutions per stage on the way up."""
+    bias: bool = False
+    """Convolutions add a constant, as nnU-Net's do, though the norm behind each takes it away again."""
+    strides: tuple[tuple[int, int, int], ...] = ()
+    """How much each stage shrinks each axis, finest first; the first is always (1, 1, 1). Empty: `fit` chooses them."""
+    kernels: tuple[tuple[int, int, int], ...] = ()
+    """Size of the convolutions of each stage. Empty: `fit` chooses them."""
 
     def __post_init__(self) -> None:
-        if len(self.strides) != len(self.kernels) or len(self.strides) < 2 or tuple(self.strides[0]) != (1, 1, 1):
+        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
+        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
             raise ValueError(
                 f"residual_unet was given strides {self.strides} and kernels {self.kernels}; it needs one of each per "
                 "stage, two stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
             )
-        if not self.blocks or min(self.blocks) < 1 or self.width < 1:
+        if not self.blocks or min(*self.blocks, self.width, self.widest, self.decoder) < 1:
             raise ValueError(
-                f"residual_unet was given width {self.width} and blocks {self.blocks}; all must be 1 or more."
+                f"residual_unet was given width {self.width}, widest {self.widest}, blocks {self.blocks} and decoder "
+                f"{self.decoder}; all must be 1 or more."
             )
 
 
 def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, float, float]) -> Config:
-    """The config with the stages that suit this patch and spacing. Round the patch up to `divisor` afterwards."""
+    """The config with the stages that suit this patch and spacing, unless it has some. Round the patch up to `divisor`
+    afterwards."""
+    if config.strides:
+        return config
     strides, kernels = topology(patch, spacing)
     if len(strides) < 2:
         raise ValueError(
@@ -60,6 +70,10 @@ def divisor(config: Config) -> tuple[int, int, int]:
 
 def build(config: Config, *, channels: int, classes: int) -> nn.Module:
     """A new network with fresh weights."""
+    if not config.strides:
+        raise ValueError(
+            "residual_unet was given no stages; it needs the config that `fit` makes for a patch. Call it."
+        )
     return initialise(ResidualUNet(config, channels, classes))
 
 
@@ -69,18 +83,21 @@ class ResidualUNet(nn.Module):
         stages = range(len(config.strides))
         widths = [min(config.width * 2**stage, config.widest) for stage in stages]
         self.divisor = divisor(config)
-        self.stem = convolution(channels, widths[0], config.kernels[0])
+        self.stem = (
+            nn.Identity() if config.plain else convolution(channels, widths[0], config.kernels[0], bias=config.bias)
+        )
+        first = channels if config.plain else widths[0]
         self.down = nn.ModuleList(
-            _stage(widths[max(0, stage - 1)], widths[stage], config.kernels[stage], config.strides[stage],
-                   config.blocks[min(stage, len(config.blocks) - 1)])
-            for stage in stages
-        )  # fmt: skip
+            _stage(config, stage, widths[stage - 1] if stage else first, widths[stage]) for stage in stages
+        )
         self.up, self.merge, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage in reversed(stages[:-1]):
-            stride = config.strides[stage + 1]
-            self.up.append(nn.ConvTranspose3d(widths[stage + 1], widths[stage], stride, stride))
-            self.merge.append(convolution(2 * widths[stage], widths[stage], config.kernels[stage]))
-            self.heads.append(nn.Conv3d(widths[stage], classes, 1))
+            stride, kernel, width = config.strides[stage + 1], config.kernels[stage], widths[stage]
+            self.up.append(nn.ConvTranspose3d(widths[stage + 1], width, stride, stride))
+            first_merge = convolution(2 * width, width, kernel, bias=config.bias)
+            rest = [convolution(width, width, kernel, bias=config.bias) for _ in range(config.decoder - 1)]
+            self.merge.append(nn.Sequential(first_merge, *rest) if rest else first_merge)
+            self.heads.append(nn.Conv3d(width, classes, 1))
 
     def forward(self, x: Float[Tensor, "B C D H W"]) -> list[Tensor] | Float[Tensor, "B K D H W"]:
         """In training, logits of every resolution, finest first; else the finest alone."""
@@ -100,6 +117,9 @@ class ResidualUNet(nn.Module):
         return logits[::-1] if self.training else logits[-1]
 
 
-def _stage(inputs: int, outputs: int, kernel: Triple, stride: Triple, blocks: int) -> nn.Sequential:
-    rest = [ResidualBlock(outputs, outputs, kernel) for _ in range(blocks - 1)]
-    return nn.Sequential(ResidualBlock(inputs, outputs, kernel, stride), *rest)
+def _stage(config: Config, stage: int, inputs: int, outputs: int) -> nn.Sequential:
+    kernel, stride = config.kernels[stage], config.strides[stage]
+    blocks = config.blocks[min(stage, len(config.blocks) - 1)]
+    block = convolution if config.plain else ResidualBlock
+    rest = [block(outputs, outputs, kernel, bias=config.bias) for _ in range(blocks - 1)]
+    return nn.Sequential(block(inputs, outputs, kernel, stride, config.bias), *rest)

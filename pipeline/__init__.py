@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .batch import segment
     from .checking import check
+    from .contest import compare
     from .conversion import convert
     from .demonstration import demo
     from .description import show
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from .tracking import serve as ui
     from .training import train
 
-__all__ = ["check", "convert", "demo", "evaluate", "plan", "segment", "show", "train", "ui"]
+__all__ = ["check", "compare", "convert", "demo", "evaluate", "plan", "segment", "show", "train", "ui"]
 
 _HOMES = {
     "check": ("checking", "check"),
+    "compare": ("contest", "compare"),
     "convert": ("conversion", "convert"),
     "demo": ("demonstration", "demo"),
     "evaluate": ("evaluation", "evaluate"),

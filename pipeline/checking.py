@@ -34,6 +34,8 @@ class Checked:
     labels: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     """Labels that a dataset declares and no case has."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about a dataset and right all the same, a sentence each."""
     findings: tuple[Finding, ...] = ()
     """Everything that does not fit in a dataset; none means that it can be trained on."""
 
@@ -54,6 +56,7 @@ class Checked:
             "name": self.name,
             "layout": self.layout,
             "absent_labels": list(self.absent),
+            "notes": list(self.notes),
             "cases": cases,
             "left_alone": self.left_alone,
         }
@@ -89,6 +92,7 @@ def _dataset(path: Path, reading: Reading, progress: Progress) -> Checked:
         channels=opened.channels,
         labels=tuple(label.name for label in opened.labels),
         absent=looked.absent,
+        notes=looked.notes,
         findings=looked.findings,
     )
 

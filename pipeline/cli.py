@@ -240,6 +240,8 @@ def _check(said: "Namespace") -> int:
     if found.layout:
         labels = ", ".join(found.labels) or "found by looking"
         _say(f"{found.name} ({found.layout}): channels {', '.join(found.channels)}, labels {labels}")
+    for note in found.notes:
+        _say(note)
     count = len(found.left_alone)
     alone = f"; {count} file{'' if count == 1 else 's'} left alone" if count else ""
     verdicts = list(found.verdicts.values())
@@ -297,16 +299,30 @@ def _convert(said: "Namespace") -> int:
 def _describe_plan(parser: "ArgumentParser") -> None:
     _describe_dataset(parser)
     parser.add_argument("--out", type=Path, required=True, help="The YAML to write.")
+    parser.add_argument("--network", default="residual_unet", help="The network that must fit: a file of networks/.")
+    parser.add_argument(
+        "--mode", choices=("hilum", "nnunet"), default="hilum", help="hilum's rules, or nnU-Net v2's to the letter."
+    )
+    presets = ("plain", "resenc_m", "resenc_l", "resenc_xl")
+    parser.add_argument("--preset", choices=presets, default="plain", help="With --mode nnunet: which of its networks.")
+    parser.add_argument(
+        "--configuration", choices=("3d_fullres", "3d_lowres", "2d"), default="3d_fullres", help="With --mode nnunet."
+    )
     parser.add_argument("--device", default="auto", help="Plan for cpu, cuda, or auto: a GPU where there is one.")
+    parser.add_argument("--memory_gb", type=float, help="Plan for so much memory instead of what is free.")
     _describe_reading(parser)
 
 
 def _plan(said: "Namespace") -> int:
     reading = _reading(said)
     from .description import show
-    from .planning import plan
+    from .planning import Wishes, plan
 
-    plan(said.dataset, said.out, said.device, Bar(), reading)
+    wishes = Wishes(
+        network=said.network, mode=said.mode, preset=said.preset, configuration=said.configuration, device=said.device,
+        memory_gb=said.memory_gb,
+    )  # fmt: skip
+    plan(said.dataset, said.out, wishes, Bar(), reading)
     print(show(said.out))
     return DONE
 
@@ -359,27 +375,52 @@ def _segment(said: "Namespace") -> int:
 def _describe_evaluate(parser: "ArgumentParser") -> None:
     parser.add_argument("predictions", type=Path, help="What `segment` wrote, or a folder of label files.")
     parser.add_argument("references", type=Path, help="A folder of label files of the same names, or a dataset.")
-    parser.add_argument("--out", type=Path, required=True, help="The JSON to write.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="The JSON to write; a CSV and a page of the same name come beside it."
+    )
+    parser.add_argument(
+        "--against", type=Path, help="Other predictions of the same cases: says whether the two differ."
+    )
     parser.add_argument(
         "--tolerance_mm", type=float, default=1.0, help="How far a surface may lie off and count as right."
     )
+    parser.add_argument(
+        "--surface", choices=("voxels", "surfels"), default="voxels",
+        help="Surfaces as MONAI measures them (centres of voxels), or as DeepMind's surface-distance does (by area).",
+    )  # fmt: skip
 
 
 def _evaluate(said: "Namespace") -> int:
-    from .evaluation import evaluate, table
+    from .evaluation import beside, evaluate, table
 
     bar = Bar()
     scores = evaluate(
-        said.predictions, said.references, said.out, tolerance_mm=said.tolerance_mm,
-        progress=lambda done, of: bar("evaluate", done, of),
+        said.predictions, said.references, said.out, tolerance_mm=said.tolerance_mm, surface=said.surface,
+        against=said.against, progress=lambda done, of: bar("evaluate", done, of),
     )  # fmt: skip
     print(table(scores))
+    _say(f"see {beside(said.out, '.html')}")
     for case, reason in scores.failed.items():
         _say(f"{case}: {reason}")
     for name, cases in (("prediction", scores.unmatched_references), ("reference", scores.unmatched_predictions)):
         if cases:
             _say(f"no {name} for {len(cases)} case(s): {', '.join(cases[:5])}{' ...' if len(cases) > 5 else ''}")
     return SOME_FAILED if scores.failed else DONE
+
+
+def _describe_compare(parser: "ArgumentParser") -> None:
+    parser.add_argument(
+        "run", type=Path, nargs="+", help="Packages (folders), and what `evaluate` wrote (JSON), in any mix."
+    )
+    parser.add_argument("--out", type=Path, required=True, help="The page to write.")
+
+
+def _compare(said: "Namespace") -> int:
+    from .contest import compare, table
+
+    print(table(compare(said.run, said.out)))
+    _say(f"see {said.out}")
+    return DONE
 
 
 def _describe_ui(parser: "ArgumentParser") -> None:
@@ -429,7 +470,7 @@ VERBS = {
         act=_convert,
     ),
     "plan": Verb(
-        usage="plan DATASET --out PLAN.yaml",
+        usage="plan DATASET --out PLAN.yaml [--network NAME] [--mode hilum|nnunet]",
         does="Looks at a dataset and plans for it and for this machine, each number with its reason.",
         describe=_describe_plan,
         act=_plan,
@@ -447,10 +488,16 @@ VERBS = {
         act=_segment,
     ),
     "evaluate": Verb(
-        usage="evaluate PREDICTIONS REFERENCES --out FILE.json",
-        does="Dice, surface distances and volumes against references, per case and per label.",
+        usage="evaluate PREDICTIONS REFERENCES --out FILE.json [--against OTHERS]",
+        does="Overlap, surface distances, lesions and volumes against references, per case and label: JSON, CSV and a page.",
         describe=_describe_evaluate,
         act=_evaluate,
+    ),
+    "compare": Verb(
+        usage="compare RUN... --out FILE.html",
+        does="Packages and evaluations beside each other: scores with intervals, paired tests, what was set differently.",
+        describe=_describe_compare,
+        act=_compare,
     ),
     "ui": Verb(
         usage="ui [--tracking_uri URI] [--port 5000]",

@@ -1,13 +1,13 @@
 """What a person may decide, verb by verb: frozen dataclasses, each field with its default and its sentence.
 
 The command line and the files in configs/ are decoded into these by jsonargparse, and not one key more. A field exists
-when it takes a decision off someone; what follows from the data is a rule in preprocessing/plan.py instead.
+when it takes a decision off someone; what follows from the data is a rule in preprocessing/rules.py instead.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from preprocessing.reading import Reading
 from preprocessing.records import nearest
@@ -25,26 +25,34 @@ class Train:
     """Settings of that network, e.g. {width: 32}; its own file says which there are."""
     plan: Path | None = None
     """A plan to follow instead of making one (`hilum plan` writes them, you may edit them)."""
-    fold: int = 0
-    """Which part of the cases is held out to measure on."""
+    fold: int | Literal["all"] = 0
+    """Which part of the cases is held out to measure on; `all`: none, every case is trained on."""
     folds: int = 5
     """How many parts there are."""
     minutes: float | None = None
-    """Train for so long; the learning rate falls to zero just then."""
+    """The command takes so long, preparation and the last scoring included; the learning rate falls to zero just then."""
     epochs: int | None = None
-    """Train for so many epochs instead. Without either, 100 epochs."""
+    """Train for so many epochs instead. Without either, as many as the plan says."""
     steps_per_epoch: int | None = None
     """Steps between two validations; by default one window per case, at least 20 and at most 40 steps on a CPU, 250 on a GPU."""
-    learning_rate: float = 2e-3
-    """Of AdamW at the start; it warms up over the first steps and falls to zero at the end."""
-    weight_decay: float = 1e-2
-    """Of AdamW."""
+    learning_rate: float | None = None
+    """At the start; it warms up over the first steps and falls to zero at the end. By default the plan's."""
+    weight_decay: float | None = None
+    """By default the plan's."""
+    loss: str | None = None
+    """A name of networks/parts/losses.py; by default the plan's."""
+    devices: int = 1
+    """GPUs (or, on a CPU, processes) of this machine that train together; each takes a plan's batch in every step."""
+    nodes: int = 1
+    """Machines that train together; under SLURM as many as the job has, each with --devices tasks."""
     seed: int = 0
     """The same seed gives the same windows in the same order, and on a CPU the same weights."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
     workers: int | None = None
     """Processes that cut and augment windows; by default none on a CPU, else one per core."""
+    keep_seconds: float = 60.0
+    """The state of the training goes to disk so often: a killed one loses no more than this."""
     resume: bool = False
     """Go on with the unfinished training of this package and fold."""
     cache: Path | None = None
@@ -63,7 +71,16 @@ class Train:
     def __post_init__(self) -> None:
         if self.minutes is not None and self.epochs is not None:
             raise ValueError("both minutes and epochs were given; one of them ends a training. Give one.")
-        for name in ("minutes", "epochs", "steps_per_epoch", "learning_rate", "folds"):
+        for name in (
+            "minutes",
+            "epochs",
+            "steps_per_epoch",
+            "learning_rate",
+            "folds",
+            "devices",
+            "nodes",
+            "keep_seconds",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}; it must be above 0.")

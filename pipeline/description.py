@@ -12,7 +12,7 @@ from .conversion import VERDICT, Conversion
 from .errors import UsageError
 from .finding import find_scans
 from .package import ModelPackage, card
-from .report import Report, millilitres
+from .report import Report, millilitres, told
 from .verdicts import table
 
 
@@ -43,6 +43,7 @@ def _report(path: Path) -> str:
     lines += [f"  warning: {warning}" for warning in report.warnings]
     lines += [f"  repaired: {repair}" for repair in report.repairs]
     lines += [f"  note: {note}" for note in report.notes]
+    lines += [f"  rule: {told(applied)}" for applied in report.postprocessing]
     lines += [
         "",
         f"  scan    {', '.join(filter(None, (report.verdict, report.modality, report.encoding)))}",
@@ -80,13 +81,24 @@ def _plan(path: Path) -> str:
         "spacing_mm": "×".join(f"{s:g}" for s in plan.spacing_mm),
         "patch": "×".join(map(str, plan.patch)),
         "batch": str(plan.batch),
+        "memory_gb": "nobody predicted it" if plan.memory_gb is None else f"{plan.memory_gb:g}",
+        **{f"network_options.{name}": _short(value) for name, value in plan.network_options.items()},
+        **{f"recipe.{name}": _short(value) for name, value in vars(plan.recipe).items()},
     }
-    lines = [plan.name, ""]
+    wide = max(12, *map(len, facts))
+    lines = [f"{plan.name}, by the rules of {'nnU-Net' if plan.mode == 'nnunet' else 'hilum'}", ""]
     for name, value in facts.items():
-        lines.append(f"  {name:<12} {value}")
+        lines.append(f"  {name:<{wide}} {value}")
         if name in plan.reasons:
-            lines.append(f"  {'':<12} because: {plan.reasons[name]}")
+            lines.append(f"  {'':<{wide}} because: {plan.reasons[name]}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    """A setting in a word; lists of strides as 1×1×1, 2×2×2."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], list | tuple):
+        return ", ".join("×".join(map(str, one)) for one in value)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _scan(path: Path) -> str:

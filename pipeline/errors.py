@@ -4,7 +4,7 @@
     ├── UnreadableScan                                              damaged, no scan, or silent about where it lies
     ├── GeometryMismatch                                            two volumes that must share a grid do not
     ├── MissingChannel                                              other channels than were trained on
-    └── DatasetError                    preprocessing/datasets.py   a folder is no dataset, or cases in it do not fit
+    └── DatasetError                    preprocessing/declared.py   a folder is no dataset, or cases in it do not fit
     BadRecord (ValueError)              preprocessing/records.py    a plan, package or config says what nobody knows
     UnknownNetwork (LookupError)        networks/__init__.py        no file of that name in networks/
     UnknownOutput (LookupError)         pipeline/outputs/           no file of that name in pipeline/outputs/
@@ -12,9 +12,10 @@
     ├── DamagedPackage                                              a byte is not what it was
     └── RegistryError                                               no such model, version or alias
     TrackingError (OSError)             pipeline/tracking.py        the tracking store cannot be used
+    CacheError (OSError)                pipeline/errors.py          prepared cases cannot be written or read
     UsageError (ValueError)             pipeline/errors.py          a command line or its files make no sense
     ├── UnreadableReport                pipeline/report.py          a report is damaged or is none
-    └── NothingToEvaluate               pipeline/evaluation.py      no prediction has a reference
+    └── NothingToEvaluate               pipeline/references.py      no prediction has a reference
     Interrupted (BaseException)         pipeline/errors.py          stopped from outside; what was done is kept
 
 Every message has three parts: what was met, what was needed, what to do. Exit codes: 0 all done, 1 our fault, 2 the
@@ -37,6 +38,10 @@ class DamagedPackage(PackageError):
 
 class RegistryError(PackageError):
     """The registry has no such model, version or alias."""
+
+
+class CacheError(OSError):
+    """Prepared cases cannot be written or read."""
 
 
 class UsageError(ValueError):
@@ -79,6 +84,7 @@ def is_users(error: BaseException) -> bool:
         "PackageError",
         "UsageError",
         "TrackingError",
+        "CacheError",
         "PermissionError",
     }
     return any(kind.__name__ in users for kind in type(error).__mro__)

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,14 +14,19 @@ from typing import TYPE_CHECKING, Any
 from preprocessing.plan import Plan
 from preprocessing.records import BadRecord, decode, encode
 
+from .calibration import Calibration
 from .errors import DamagedPackage, PackageError
+from .postprocessing import Chosen, HeldOut, Rule, choose
 from .report import hilum_version, recover, swap
 
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 1
-"""Raised when a reader of yesterday could misread a package of today."""
+FORMAT = 2
+"""Raised when a reader of yesterday could misread a package of today. 2: temperatures and post-processing."""
+
+ALL = "all"
+"""The fold that was trained on every case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +42,20 @@ class Fold:
     epochs: int
     minutes: float
     seed: int
+    steps: int = 0
+    """How often the weights were changed."""
     run_id: str = ""
     """The MLflow run that made it."""
+    temperature: float | None = None
+    """What its logits are divided by, fitted on its held-out cases; None: nothing was held out (see `temperatures`)."""
+    calibration: Calibration | None = None
+    """What that did to its probabilities."""
+    held_out: HeldOut = field(default_factory=HeldOut)
+    """Dice of every held-out case, and what each rule of post-processing would have made of it."""
+
+    def __post_init__(self) -> None:
+        if self.temperature is not None and not 0 < self.temperature < math.inf:
+            raise BadRecord(f"a fold's temperature is {self.temperature}; a number above 0 is needed. Fit it again.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +71,11 @@ class Package:
     network_config: dict[str, Any]
     plan: Plan
     folds: dict[str, Fold]
+    """By number, and `all` for the one that was trained on every case."""
     versions: dict[str, str]
     """Of what the weights were trained with."""
+    postprocessing: tuple[Chosen, ...] = ()
+    """What is done to every label map, in order: chosen anew from all held-out cases whenever a fold is added."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file of the package."""
     id: str = ""
@@ -79,6 +101,21 @@ class ModelPackage:
     def name(self) -> str:
         return self.record.name
 
+    @property
+    def temperatures(self) -> dict[str, float]:
+        """Of every fold, in the order of `networks`."""
+        return temperatures(self.record.folds)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether any fold's temperature was fitted; else its probabilities are the network's own."""
+        return any(fold.temperature is not None for fold in self.record.folds.values())
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """What is done to every label map, in order."""
+        return tuple(chosen.rule for chosen in self.record.postprocessing)
+
     @staticmethod
     def load(folder: Path) -> "ModelPackage":
         """The package in that folder; refused when a byte of it changed."""
@@ -91,21 +128,20 @@ class ModelPackage:
             )
         try:
             raw = path.read_text()
-            record = decode(Package, json.loads(raw), where="package.json")
+            said = json.loads(raw)
+            _refuse_other_formats(folder, said)
+            record = decode(Package, said, where="package.json")
         except OSError as error:
             raise PackageError(
                 f"{path} cannot be opened ({error.strerror}); it must be readable. Mend its permissions."
             ) from None
         except (UnicodeDecodeError, json.JSONDecodeError, BadRecord) as error:
             raise DamagedPackage(f"{path} cannot be read ({error}). {_FETCH_AGAIN}") from None
-        if record.format != FORMAT:
-            raise PackageError(
-                f"{folder} has format {record.format}; this hilum reads {FORMAT}. Use the hilum that made it."
-            )
         if raw != _rendered(record) or record.id != _seal(record):
             raise DamagedPackage(f"{path} is not as it was sealed (id {record.id[:12]}). {_FETCH_AGAIN}")
         for name, sha256 in record.files.items():
             _verify(folder, name, sha256)
+        _refuse_unknown_labels(path, record)
         for fold in record.folds.values():
             if fold.weights not in record.files:
                 raise DamagedPackage(f"{path} names the weights {fold.weights}, which it does not seal. {_FETCH_AGAIN}")
@@ -138,11 +174,26 @@ def build_network(name: str, config: dict[str, Any], plan: Plan) -> "nn.Module":
     return module.build(settings, channels=len(plan.channels), classes=plan.classes)
 
 
+def weights_file(fold: int | str) -> str:
+    """What a fold's weights are called: weights-fold0.safetensors, and weights-all.safetensors of all cases."""
+    return f"weights-{fold if fold == ALL else f'fold{fold}'}.safetensors"
+
+
+def temperatures(folds: Mapping[str, Fold]) -> dict[str, float]:
+    """Of every fold its own; of one that held nothing out the (geometric) mean of the others', else 1."""
+    known = [fold.temperature for fold in folds.values() if fold.temperature is not None]
+    mean = math.exp(sum(map(math.log, known)) / len(known)) if known else 1.0
+    return {name: mean if fold.temperature is None else fold.temperature for name, fold in folds.items()}
+
+
 def save(
     folder: Path, *, network: "nn.Module", name: str, network_name: str, network_config: dict[str, Any], plan: Plan,
-    fold_number: int, fold: Fold,
+    fold_number: int | str, fold: Fold,
 ) -> ModelPackage:  # fmt: skip
-    """Write a package, or add a fold to one made by the same plan and network. The old one stays until the new is whole."""
+    """Write a package, or add a fold to one made by the same plan and network. The old one stays until the new is whole.
+
+    Post-processing is chosen anew, from the held-out cases of every fold that is there.
+    """
     from safetensors.torch import save as serialise
 
     before = ModelPackage.load(folder).record if (folder / "package.json").exists() else None
@@ -156,6 +207,7 @@ def save(
     # not by safetensors' own save_file: what it writes is readable by its writer alone
     (building / fold.weights).write_bytes(serialise(state))
     folds = (before.folds if before else {}) | {str(fold_number): fold}
+    folds = dict(sorted(folds.items(), key=lambda item: (not item[0].isdecimal(), len(item[0]), item[0])))
     record = Package(
         format=FORMAT,
         hilum=hilum_version(),
@@ -164,9 +216,11 @@ def save(
         network=network_name,
         network_config=network_config,
         plan=plan,
-        folds=dict(sorted(folds.items())),
+        folds=folds,
         versions=library_versions(),
+        postprocessing=choose({number: fold.held_out for number, fold in folds.items()}, plan),
     )
+    record = decode(Package, encode(record), where="package.json")  # as it will be read: a whole number may become 3.0
     (building / "card.md").write_text(card(record))
     record = replace(record, files={path.name: _sha256(path) for path in sorted(building.iterdir())})
     (building / "package.json").write_text(_rendered(replace(record, id=_seal(record))))
@@ -191,17 +245,82 @@ def card(record: Package) -> str:
         f"Measured on {cases} held-out case(s) of the dataset it was trained on, on each scan's own grid. Scans from other "
         "scanners, protocols or patients may do worse; measure with `hilum evaluate` on your own references.",
         "",
-        f"- network: {record.network}, {len(record.folds)} fold(s)",
-        *(
-            f"- fold {number}: {fold.cases_trained} cases, {fold.epochs} epochs, {fold.minutes:g} minutes, seed {fold.seed}"
-            for number, fold in record.folds.items()
-        ),
+        "## How sure it is",
+        "",
+        *_said_of_temperatures(record),
+        "",
+        "## What is done to its label maps",
+        "",
+        *_said_of_rules(record),
+        "",
+        "## What it was made of",
+        "",
+        f"- network: {record.network}, {len(record.folds)} fold(s){', averaged' if len(record.folds) > 1 else ''}",
+        *(f"- {_said_of_fold(number, fold)}" for number, fold in record.folds.items()),
         f"- prepared voxel: {'×'.join(f'{s:g}' for s in plan.spacing_mm)} mm; window: {'×'.join(map(str, plan.patch))} voxels",
         f"- made by hilum {record.hilum}, {', '.join(f'{n} {v}' for n, v in record.versions.items())}, on {record.created}",
         f"- trained on the dataset with sha256 {plan.dataset}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _said_of_fold(number: str, fold: Fold) -> str:
+    name = "all cases, none held out" if number == ALL else f"fold {number}"
+    return f"{name}: {fold.cases_trained} cases, {fold.epochs} epochs, {fold.minutes:g} minutes, seed {fold.seed}"
+
+
+def _said_of_temperatures(record: Package) -> list[str]:
+    known = {number: fold for number, fold in record.folds.items() if fold.calibration and fold.temperature}
+    if not known:
+        return ["Its probabilities are the network's own: nothing was held out to calibrate them on."]
+    said = [
+        "Of the voxels it calls 80 % sure, 80 % should be right. To come close to that, logits are divided by a "
+        "temperature, fitted on voxels of held-out cases; labels hardly change by it. Calibration error (ECE, 15 bins of "
+        "equally many voxels) and negative log-likelihood (NLL), the figures after from cases that had no part in the fit:",
+        "",
+        "| fold | temperature | ECE before | after | NLL before | after | cases |",
+        "|---|---|---|---|---|---|---|",
+        *(_row_of_calibration(number, fold) for number, fold in known.items()),
+    ]
+    if borrowed := set(record.folds) - set(known):
+        mean = temperatures(record.folds)[min(borrowed)]
+        said += ["", f"Fold {', '.join(sorted(borrowed))} held nothing out; it takes the others' mean, {mean:.3f}."]
+    if len(record.folds) > 1:
+        said += ["", "The mean of several folds leans to caution: where they disagree it is less sure than each. No case is "
+                 "unseen by all of them, so nobody can measure by how much."]  # fmt: skip
+    return said
+
+
+def _row_of_calibration(number: str, fold: Fold) -> str:
+    was, temperature = fold.calibration, fold.temperature
+    assert was is not None and temperature is not None
+    figures = f"{was.ece_before:.4f} | {was.ece_after:.4f} | {was.nll_before:.4f} | {was.nll_after:.4f}"
+    return f"| {number} | {temperature:.3f} | {figures} | {was.cases} |"
+
+
+def _said_of_rules(record: Package) -> list[str]:
+    held_out = sum(len(fold.held_out.cases) for fold in record.folds.values())
+    if not record.postprocessing:
+        return [
+            f"Nothing: no rule made the {held_out} held-out case(s) better beyond chance." if held_out else "Nothing."
+        ]
+    return [
+        *(f"- {_said_of_rule(chosen)}" for chosen in record.postprocessing),
+        "",
+        "Each report says what a rule removed or filled. The Dice in the table above is without them.",
+    ]
+
+
+def _said_of_rule(chosen: Chosen) -> str:
+    rises = "; ".join(
+        f"{label} {before:.3f} to {chosen.dice_after[label]:.3f}" for label, before in chosen.dice_before.items()
+    )
+    words = chosen.rule.words[0].upper() + chosen.rule.words[1:]
+    return (
+        f"{words}: mean Dice over {chosen.cases} held-out cases of fold(s) {', '.join(chosen.folds)} rises, {rises}. "
+        f"{chosen.better} case(s) better, {chosen.worse} worse."
+    )
 
 
 def _folds_mean(record: Package, label: str) -> str:
@@ -214,6 +333,24 @@ def library_versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "pydicom")}
+
+
+def _refuse_other_formats(folder: Path, said: Any) -> None:
+    """Before anything else is read of it: another format has other words."""
+    found = said.get("format") if isinstance(said, dict) else None
+    if isinstance(found, int) and found != FORMAT:
+        raise PackageError(
+            f"{folder} was written in format {found} by hilum {said.get('hilum', 'of an unknown version')}; this hilum "
+            f"({hilum_version()}) reads format {FORMAT}. Segment with the hilum that made it, or train it again with this one."
+        )
+
+
+def _refuse_unknown_labels(path: Path, record: Package) -> None:
+    """A rule for a label that is not there would be silent."""
+    names = {label.name for label in record.plan.labels} | {""}
+    unknown = sorted({chosen.rule.label for chosen in record.postprocessing} - names)
+    if unknown:
+        raise DamagedPackage(f"{path} has rules for {', '.join(unknown)}, which its plan does not know. {_FETCH_AGAIN}")
 
 
 _FETCH_AGAIN = "A package must be byte for byte what was written: fetch it again from where it came."

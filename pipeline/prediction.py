@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from jaxtyping import Float, Integer
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from kernels import window_blend
@@ -17,6 +17,7 @@ from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
 from .errors import UsageError
+from .postprocessing import Applied, Rule, clean
 
 if TYPE_CHECKING:
     from preprocessing.plan import Plan
@@ -44,7 +45,7 @@ class Prediction:
     """What the network thinks of every prepared voxel."""
 
     probabilities: Volume
-    """One channel per class, background first; they sum to 1."""
+    """One channel per class, background first; they sum to 1. Of regions: one per label, each by itself."""
     package_id: str
 
 
@@ -57,39 +58,63 @@ class Found:
     """Mean probability of each label where it won."""
     seconds: dict[str, float]
     """How long each hop took."""
+    changes: tuple[Applied, ...] = ()
+    """What each rule of post-processing did."""
 
 
 def segment_volume(
-    volume: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str
-) -> Found:
-    """The middle hops: prepare, predict, undo the trail and decide. Training scores itself with the same function."""
+    volume: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str, *,
+    temperatures: Sequence[float] = (), rules: Sequence[Rule] = (),
+) -> Found:  # fmt: skip
+    """The middle hops: prepare, predict, undo the trail, decide, and clean by the package's rules."""
     marks = [time.perf_counter()]
     prepared, trail = prepare(volume, plan.steps)
     marks.append(time.perf_counter())
-    prediction = predict(prepared, networks, plan, how, package_id)
+    prediction = predict(prepared, networks, plan, how, package_id, temperatures=temperatures)
     marks.append(time.perf_counter())
-    labels, confidence = decide(prediction, trail, plan)
+    decided, strength = decide(prediction, trail, plan)
+    labels, changes = clean(decided, rules, plan)
+    confidence = confidence_in(labels, decided, strength, plan)
     marks.append(time.perf_counter())
     seconds = {hop: round(after - before, 3) for hop, before, after in zip(HOPS, marks, marks[1:], strict=False)}
-    return Found(labels=labels, confidence=confidence, seconds=seconds)
+    return Found(labels=labels, confidence=confidence, seconds=seconds, changes=changes)
 
 
 HOPS = ("prepare", "predict", "decide")
 
 
 def predict(
-    prepared: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str
-) -> Prediction:
-    """The mean over folds (and flips) of the probabilities of blended windows."""
+    prepared: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str, *,
+    temperatures: Sequence[float] = (),
+) -> Prediction:  # fmt: skip
+    """The mean over folds (and flips) of the probabilities of blended windows.
+
+    `temperatures`: what each network's logits are divided by before they become probabilities; 1 for all when empty.
+    """
+    assert len(temperatures) in (0, len(networks))
     device = choose_device(how.device)
     scan = prepared.to_tensor()
     total = torch.zeros(plan.classes, *scan.shape[1:])
-    for network in networks:
+    for network, temperature in zip(networks, temperatures or (1.0,) * len(networks), strict=True):
         network.to(device).eval()
-        total += blended_logits(scan, network, plan.patch, plan.classes, how, device).softmax(dim=0)
-    names = ("background", *(label.name for label in plan.labels))
-    probabilities = prepared.with_voxels((total / len(networks)).numpy(), channels=names)
-    return Prediction(probabilities=probabilities, package_id=package_id)
+        logits = blended_logits(scan, network, plan.patch, plan.classes, how, device)
+        total += probabilities(logits, plan, temperature)
+    voxels = (total / len(networks)).numpy()
+    return Prediction(probabilities=prepared.with_voxels(voxels, channels=class_names(plan)), package_id=package_id)
+
+
+def probabilities(
+    logits: Float[Tensor, "classes i j k"], plan: "Plan", temperature: float = 1.0
+) -> Float[Tensor, "classes i j k"]:
+    """Logits as probabilities: classes share 1 among them; regions, which may overlap, each have a yes and a no."""
+    logits = logits / temperature
+    return logits.sigmoid() if plan.has_regions else logits.softmax(dim=0)
+
+
+def class_names(plan: "Plan") -> tuple[str, ...]:
+    """What each channel of a prediction stands for."""
+    labels = tuple(label.name for label in plan.labels)
+    return labels if plan.has_regions else ("background", *labels)
 
 
 def blended_logits(
@@ -124,33 +149,52 @@ def _flipped_mean(window: Tensor, network: nn.Module, flips: bool) -> Tensor:
     return torch.stack([network(window.flip(some)).flip(some) for some in axes]).mean(dim=0)
 
 
-def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, dict[str, float]]:
-    """The label map on the scan's own grid, and the mean probability of each label where it won.
+def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
+    """The label map on the scan's own grid, and the probability of what won in each voxel.
 
     Probabilities go back to the native grid before the decision: argmax after resampling keeps thin structures.
-    One class at a time, so that memory does not grow with the number of labels.
+    One class at a time, so that memory does not grow with the number of labels. What was cropped away is background.
     """
-    probabilities = prediction.probabilities
-    best: np.ndarray | None = None
-    winner: np.ndarray | None = None
-    for number, name in enumerate(probabilities.channels):
-        channel = probabilities.with_voxels(probabilities.voxels[number : number + 1], channels=(name,))
-        back = trail.undo(channel, outside=1.0 if number == 0 else 0.0)  # what was cropped away is background
-        if best is None or winner is None:
-            best, winner = back.voxels.copy(), np.zeros(back.voxels.shape, dtype=plan.lookup.dtype)
-            continue
-        stronger = back.voxels > best
+    return (_painted if plan.has_regions else _strongest)(prediction.probabilities, trail, plan)
+
+
+def _strongest(probabilities: Volume, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
+    back = _native(probabilities, 0, trail, outside=1.0)
+    best, winner = back.voxels.copy(), np.zeros(back.voxels.shape, dtype=plan.lookup.dtype)
+    for number in range(1, len(probabilities.channels)):
+        voxels = _native(probabilities, number, trail).voxels
+        stronger = voxels > best
         winner[stronger] = plan.lookup[number]
-        best[stronger] = back.voxels[stronger]
-    assert best is not None and winner is not None
-    return back.with_voxels(winner, channels=("labels",)), _confidence(best, winner, plan)
+        best[stronger] = voxels[stronger]
+    return back.with_voxels(winner, channels=("labels",)), back.with_voxels(best, channels=("probability",))
 
 
-def _confidence(
-    best: Float[np.ndarray, "1 i j k"], winner: Integer[np.ndarray, "1 i j k"], plan: "Plan"
-) -> dict[str, float]:
-    found = {label.name: winner == label.value for label in plan.labels}
-    return {name: round(float(best[inside].mean()), 4) for name, inside in found.items() if inside.any()}
+def _painted(probabilities: Volume, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
+    """Each region where it is likelier than not, in the plan's order: a later one is painted over an earlier one."""
+    back = _native(probabilities, 0, trail)
+    best, painted = np.zeros_like(back.voxels), np.zeros(back.voxels.shape, dtype=plan.lookup.dtype)
+    for number in range(len(probabilities.channels)):
+        voxels = _native(probabilities, number, trail).voxels if number else back.voxels
+        likely = voxels > 0.5
+        painted[likely] = plan.lookup[number + 1]
+        best[likely] = voxels[likely]
+    return back.with_voxels(painted, channels=("labels",)), back.with_voxels(best, channels=("probability",))
+
+
+def _native(probabilities: Volume, number: int, trail: "Trail", outside: float = 0.0) -> Volume:
+    """One channel on the scan's own grid."""
+    voxels = probabilities.voxels[number : number + 1]
+    return trail.undo(probabilities.with_voxels(voxels, channels=(probabilities.channels[number],)), outside=outside)
+
+
+def confidence_in(labels: Volume, decided: Volume, strength: Volume, plan: "Plan") -> dict[str, float]:
+    """Mean probability of each label where it won and was kept; what a rule filled in won nothing and does not count."""
+    confidence = {}
+    for label in plan.labels:
+        kept = (labels.voxels == label.value) & (decided.voxels == label.value)
+        if kept.any():
+            confidence[label.name] = round(float(strength.voxels[kept].mean()), 4)
+    return confidence
 
 
 def choose_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from preprocessing.records import decode
 from preprocessing.volume import Geometry, GeometryMismatch, Volume
 
 from .errors import UsageError
+from .postprocessing import Applied
 
 FILE_NAME = "report.json"
 """A case is complete when this file lies in its folder: it is written last."""
@@ -42,6 +43,10 @@ class Result:
     package_name: str
     confidence: dict[str, float] = field(default_factory=dict)
     """Mean winning probability inside each label that was found; may be empty."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """What each fold's logits were divided by, as its held-out cases asked for; empty: the confidence is not calibrated."""
+    postprocessing: tuple[Applied, ...] = ()
+    """What each rule of the package changed in the labels, in order."""
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Per hop, in order."""
@@ -96,6 +101,10 @@ class Report:
     encoding: str = ""
     reading: Reading = STRICT
     """What was allowed when it was read."""
+    temperatures: dict[str, float] = field(default_factory=dict)
+    """What each fold's logits were divided by; empty: the confidence is not calibrated."""
+    postprocessing: tuple[Applied, ...] = ()
+    """What each rule of the package removed or added, also where that is nothing."""
 
     @classmethod
     def of(
@@ -123,6 +132,8 @@ class Report:
             modality=provenance.modality,
             encoding=provenance.encoding,
             reading=reading,
+            temperatures=dict(result.temperatures),
+            postprocessing=result.postprocessing,
         )
 
     def write(self, folder: Path) -> Path:
@@ -160,6 +171,13 @@ def millilitres(ml: float) -> str:
         return f"{ml:.0f} ml"
     decimals = max(0, 2 - int(np.floor(np.log10(ml))))
     return f"{ml:.{min(decimals, 5)}f} ml"
+
+
+def told(applied: Applied) -> str:
+    """What a rule did to a case, in words."""
+    changes = [f"{millilitres(ml)} of {name} removed" for name, ml in applied.removed_ml.items()]
+    changes += [f"{millilitres(ml)} of {name} added" for name, ml in applied.added_ml.items()]
+    return f"{applied.rule}: {', '.join(changes) or 'nothing changed'}"
 
 
 def hilum_version() -> str:

@@ -18,7 +18,7 @@ from . import outputs
 from .config import Segment
 from .package import ModelPackage
 from .prediction import Found, Inference, segment_volume
-from .report import Report, Result
+from .report import Report, Result, millilitres
 from .scan import Scan, read_scan
 
 if TYPE_CHECKING:
@@ -45,8 +45,12 @@ def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how:
     # the hash of its files, by which a second run knows it again
     volume = replace(volume, provenance=replace(volume.provenance, sha256=scan.identity))
     read_seconds = round(time.perf_counter() - started, 3)
-    found = segment_volume(volume, model.networks, model.package.plan, how, model.package.id)
-    result = _result(scan, volume, found, model.package, read_seconds)
+    package = model.package
+    found = segment_volume(
+        volume, model.networks, package.plan, how, package.id,
+        temperatures=tuple(package.temperatures.values()), rules=package.rules,
+    )  # fmt: skip
+    result = _result(scan, volume, found, package, read_seconds)
     written = [
         path
         for name in settings.outputs
@@ -72,6 +76,8 @@ def _result(scan: Scan, volume: Volume, found: Found, package: ModelPackage, rea
         package_id=package.id,
         package_name=package.name,
         confidence=found.confidence,
+        temperatures=package.temperatures if package.is_calibrated else {},
+        postprocessing=found.changes,
         warnings=_warnings(volume, found, package),
         seconds={"read": read_seconds, **found.seconds},
     )
@@ -90,11 +96,29 @@ def _warnings(volume: Volume, found: Found, package: ModelPackage) -> tuple[str,
     for name, confidence in found.confidence.items():
         if confidence < UNSURE:
             said.append(f"{name} is uncertain: its mean probability is {confidence:.2f}")
+    said += _removals(found, package)
     ratio = np.array(sorted(volume.geometry.spacing)) / np.array(sorted(package.plan.spacing_mm))
     if ratio.max() > 2 or ratio.min() < 0.5:
         here, there = (_millimetres(spacing) for spacing in (volume.geometry.spacing, package.plan.spacing_mm))
         said.append(f"its voxels of {here} differ over twofold from the {there} it was trained on")
     return tuple(said)
+
+
+LARGE = 0.1
+"""A share of a label beyond which it is worth a word that post-processing removed it."""
+
+
+def _removals(found: Found, package: ModelPackage) -> list[str]:
+    """What rules took away, where that was much; all of it stands in the report's `postprocessing`."""
+    said = []
+    for change in found.changes:
+        for name, ml in change.removed_ml.items():
+            value = next(label.value for label in package.plan.labels if label.name == name)
+            left = int((found.labels.voxels == value).sum()) * found.labels.geometry.voxel_ml
+            if ml > LARGE * (ml + left):
+                share = f"{ml / (ml + left):.0%}"
+                said.append(f"{millilitres(ml)} of {name} ({share} of it) were removed: {change.rule}")
+    return said
 
 
 def _millimetres(spacing: Sequence[float]) -> str:

@@ -4,52 +4,43 @@ import json
 import logging
 import os
 import time
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
-import lightning
 import numpy as np
-import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-import networks
-from networks.parts.losses import DeepSupervision, dice_cross_entropy
-from preprocessing.datasets import CaseFiles, Dataset, open_dataset, take_fingerprint
-from preprocessing.plan import Fingerprint, Plan, make_plan, with_patch
-from preprocessing.reading import STRICT
-from preprocessing.records import decode, encode
+from preprocessing.datasets import Dataset, open_dataset, take_fingerprint
+from preprocessing.plan import Fingerprint, Plan, Recipe
+from preprocessing.records import encode
 
 from . import tracking
-from .checkpoint import SafeCheckpoints
-from .comparison import compare
+from .cache import PreparedCase, cached
 from .config import Train, refuse_unknown_match
-from .data import PreparedCase, Whole, Windows, cached, measure_machine, split
 from .errors import Interrupted, UsageError, stopped_by_signals
-from .evaluation import dice
-from .package import Fold, ModelPackage, Package, build_network, save
-from .prediction import Inference, blended_logits, choose_device, segment_volume
+from .fitting import Training, fit
+from .folds import fold_cases, split
+from .package import Fold, ModelPackage, Package, save, weights_file
+from .planning import Wishes, planned
+from .prediction import choose_device
 from .progress import Progress, silent
 from .report import hilum_version
+from .scoring import Scores, score
+from .workshop import Job, Workshop, decisive, refuse_other_settings
 
 logger = logging.getLogger(__name__)
-logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it advertises other products
-
-VALIDATION_CASES = 8
-"""Held-out cases looked at after every epoch; all of them are scored at the end."""
-PICTURED_CASES = 3
-PICTURES = 5
-"""How often in a training the pictured cases are drawn."""
 
 
 def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progress = silent) -> ModelPackage:  # noqa: B008
     """Train one fold on a dataset; the package appears at `out` when it is finished, and in the MLflow registry."""
+    began = time.monotonic()
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
+    if is_follower():
+        _follow(dataset, workshop, settings, began)
+    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # a requeued job is given the words it began with
+        settings = replace(settings, resume=True)
     if settings.resume and (packed := workshop.packed(out, settings.fold)):
         return _last_steps(packed, settings, workshop)
     opened = open_dataset(dataset, settings.reading)
@@ -57,119 +48,68 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     workshop.open(out, settings)
     if workshop.has_job:
         job = workshop.resumed_job()
-        _refuse_other_settings(job, settings)
+        refuse_other_settings(job, settings)
     else:
         # every case is looked at whatever the plan: one that does not fit must be told, not skipped
         fingerprint = take_fingerprint(opened, lambda done, of: progress("look at every case", done, of))
-        job = _new_job(opened, fingerprint, settings, _earlier_folds(out, settings))
+        job = _new_job(fingerprint, settings, _earlier_folds(out, settings))
         workshop.begin(job, fingerprint)
-    cases = cached(
-        opened, job.plan, settings.cache or tracking.home() / "cache", lambda done, of: progress("prepare", done, of)
-    )
-    by_id = {case.id: case for case in cases}
-    _refuse_other_cases(by_id, job, dataset)
+    by_id = _prepared(opened, job, settings, progress)
     tracker = _open_tracker(job, settings, workshop)
     with _ended_honestly(tracker):
-        module, trainer = _fit(job, settings, by_id, workshop, tracker, progress)
+        module = fit(job, settings, by_id, workshop, tracker, progress, began)
         held_out = [files for files in opened.cases if files.id in set(job.held_out)]
-        scores = _score(opened, held_out, module.network, job.plan, settings.device, tracker, module, progress)
-        package = _pack(out, job, settings, module, trainer, scores, tracker)
+        scores = score(opened, held_out, module.best_network, job.plan, settings.device, progress)
+        _told(scores, tracker, step=max(0, module.epoch - 1))
+        package = _pack(out, job, settings, module, scores, tracker)
     workshop.close()
     return package
 
 
-def _last_steps(package: ModelPackage, settings: Train, workshop: "Workshop") -> ModelPackage:
+def is_follower() -> bool:
+    """Whether this process is one of several that fit together, and not the first: the first alone decides and packs."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    return bool(rank_zero_only.rank)
+
+
+FIRST_RANK_SECONDS = 6 * 3600
+"""How long the other processes wait for the first to have prepared every case."""
+
+
+def _follow(dataset: Path, workshop: Workshop, settings: Train, began: float) -> NoReturn:
+    """Fit beside the first process, on what it prepared, and end."""
+    while not (workshop.has_job and workshop.resumed_job().run_id):
+        if time.monotonic() - began > FIRST_RANK_SECONDS:
+            raise UsageError(
+                f"{workshop.folder} has held no prepared training for {FIRST_RANK_SECONDS / 3600:g} hours; the first "
+                "process makes it. Look at what that one said, and whether all processes see the same folders."
+            )
+        time.sleep(0.5)
+    job = workshop.resumed_job()
+    cases = _prepared(open_dataset(dataset, settings.reading), job, settings, silent)
+    with stopped_by_signals("the first process keeps what is done."):
+        fit(job, settings, cases, workshop, None, silent, began)
+    raise SystemExit(0)
+
+
+def _prepared(dataset: Dataset, job: Job, settings: Train, progress: Progress) -> dict[str, PreparedCase]:
+    cache = settings.cache or tracking.home() / "cache"
+    cases = cached(dataset, job.plan, cache, lambda done, of: progress("prepare", done, of))
+    by_id = {case.id: case for case in cases}
+    _refuse_other_cases(by_id, job, dataset.name)
+    return by_id
+
+
+def _last_steps(package: ModelPackage, settings: Train, workshop: Workshop) -> ModelPackage:
     """What a training killed after its package was whole has left to do."""
     job = workshop.resumed_job()
-    _refuse_other_settings(job, settings)
+    refuse_other_settings(job, settings)
     tracker = _open_tracker(job, settings, workshop)
     with _ended_honestly(tracker):
         _register(package, tracker)
     workshop.close()
     return package
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What a training is, decided once: a resumed run reads it instead of deciding again."""
-
-    plan: Plan
-    network_config: dict[str, Any]
-    trained_on: tuple[str, ...]
-    held_out: tuple[str, ...]
-    settings: dict[str, Any]
-    """The settings that decide the weights; a resumed run must have been given the same."""
-    run_id: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workshop:
-    """Where an unfinished training lives, beside the package to be: job.json and last.ckpt."""
-
-    folder: Path
-
-    @property
-    def has_job(self) -> bool:
-        return (self.folder / "job.json").exists()
-
-    @property
-    def checkpoint(self) -> Path | None:
-        path = self.folder / "last.ckpt"
-        return path if path.exists() else None
-
-    def packed(self, out: Path, fold: int) -> ModelPackage | None:
-        """The package this training made already, if it was killed after that."""
-        if not (self.has_job and (out / "package.json").exists()):
-            return None
-        package, run_id = ModelPackage.load(out), self.resumed_job().run_id
-        made = package.record.folds.get(str(fold))
-        return package if made and run_id and made.run_id == run_id else None
-
-    def open(self, out: Path, settings: Train) -> None:
-        """Fail now, not after an hour: a place that can be written, nothing of value in the way."""
-        if (out / "package.json").exists() and str(settings.fold) in ModelPackage.load(out).record.folds:
-            raise UsageError(
-                f"{out} already holds fold {settings.fold}; a new place is needed. Give another --out or --fold."
-            )
-        if out.exists() and not (out / "package.json").exists() and any(out.iterdir()):
-            raise UsageError(f"{out} holds other files; an empty or new folder is needed. Give another --out.")
-        if self.has_job and not settings.resume:
-            raise UsageError(
-                f"{self.folder} holds an unfinished training of this package; it is not thrown away unasked. "
-                "Go on with --resume, give another --out, or remove that folder."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def begin(self, job: Job, fingerprint: Fingerprint) -> None:
-        """What the training is made of, before its first step; what MLflow is shown names no case."""
-        facts = encode(fingerprint) | {"cases": [encode(facts) for facts in fingerprint.cases.values()]}
-        (self.folder / "fingerprint.json").write_text(json.dumps(facts))
-        job.plan.write(self.folder / "plan.yaml")
-        self.remember(job)
-
-    def remember(self, job: Job) -> None:
-        partial = self.folder / ".job.json.partial"
-        partial.write_text(json.dumps(encode(job), indent=2))
-        partial.replace(self.folder / "job.json")
-
-    def resumed_job(self) -> Job:
-        return decode(Job, json.loads((self.folder / "job.json").read_text()), where=str(self.folder / "job.json"))
-
-    def close(self) -> None:
-        """The training is packed; what it worked with is not needed any more."""
-        for path in self.folder.iterdir():
-            path.unlink()
-        self.folder.rmdir()
-        if not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
-
-
-DECISIVE = ("network", "network_options", "fold", "folds", "minutes", "epochs", "steps_per_epoch", "learning_rate",
-            "weight_decay", "seed", "reading")  # fmt: skip
-
-
-def _decisive(settings: Train) -> dict[str, Any]:
-    return {name: encode(getattr(settings, name)) for name in DECISIVE}
 
 
 def _earlier_folds(out: Path, settings: Train) -> Package | None:
@@ -185,26 +125,46 @@ def _earlier_folds(out: Path, settings: Train) -> Package | None:
     return package
 
 
-def _new_job(dataset: Dataset, fingerprint: Fingerprint, settings: Train, earlier: Package | None) -> Job:
-    module = networks.load(settings.network)
-    options = decode(module.Config, settings.network_options, where=f"network_options of {settings.network}")
+def _new_job(fingerprint: Fingerprint, settings: Train, earlier: Package | None) -> Job:
     if earlier:
-        plan, config = earlier.plan, decode(module.Config, earlier.network_config, where="package.json")
+        plan, config = earlier.plan, earlier.network_config
     else:
-        plan = Plan.read(settings.plan) if settings.plan else make_plan(fingerprint, measure_machine(settings.device))
-        config = module.fit(options, patch=plan.patch, spacing=plan.spacing_mm)
-        plan = with_patch(plan, _rounded_up(plan.patch, module.divisor(config)))
+        wishes = Wishes(
+            network=settings.network,
+            network_options=settings.network_options,
+            device=settings.device,
+            plan=settings.plan,
+        )
+        plan, chosen = planned(fingerprint, wishes)
+        config = encode(chosen)
     _refuse_other_words(plan, fingerprint)
     plan = plan if earlier else replace(plan, dataset=fingerprint.dataset)
-    ids = [files.id for files in dataset.cases if files.images and files.labels]
-    trained_on, held_out = split(ids, settings.fold, settings.folds)
+    trained_on, held_out = split(fold_cases(fingerprint), settings.fold, settings.folds)
+    recipe = _recipe(plan, settings)
     return Job(
         plan=plan,
-        network_config=encode(config),
+        network=settings.network,
+        network_config=config,
+        recipe=recipe,
+        epochs=settings.epochs or recipe.epochs,
+        steps_per_epoch=recipe.steps_per_epoch or _steps(len(trained_on), plan, settings),
         trained_on=tuple(trained_on),
         held_out=tuple(held_out),
-        settings=_decisive(settings),
+        settings=decisive(settings),
     )
+
+
+def _recipe(plan: Plan, settings: Train) -> Recipe:
+    """The plan's, but for what was said otherwise."""
+    said = {name: getattr(settings, name) for name in ("learning_rate", "weight_decay", "loss", "steps_per_epoch")}
+    return replace(plan.recipe, **{name: value for name, value in said.items() if value is not None})
+
+
+def _steps(cases: int, plan: Plan, settings: Train) -> int:
+    """About one window per case in an epoch, on a GPU as many steps as nnU-Net takes; those are minutes on a CPU."""
+    if choose_device(settings.device).type == "cuda":
+        return 250
+    return int(np.clip(cases // (plan.batch * settings.devices * settings.nodes), 20, 40))
 
 
 def _refuse_other_words(plan: Plan, fingerprint: Fingerprint) -> None:
@@ -218,27 +178,12 @@ def _refuse_other_words(plan: Plan, fingerprint: Fingerprint) -> None:
         )
 
 
-def _rounded_up(patch: tuple[int, int, int], divisor: tuple[int, int, int]) -> tuple[int, int, int]:
-    i, j, k = (-(-side // step) * step for side, step in zip(patch, divisor, strict=True))
-    return i, j, k
-
-
-def _refuse_other_cases(prepared: dict[str, PreparedCase], job: Job, dataset: Path) -> None:
+def _refuse_other_cases(prepared: dict[str, PreparedCase], job: Job, dataset: str) -> None:
     missing = sorted(set(job.trained_on + job.held_out) - set(prepared))
     if missing:
         raise UsageError(
             f"{dataset} lacks {len(missing)} case(s) this training began with, the first {missing[0]}; a resumed run needs "
             "all of them. Bring them back, or begin anew with another --out."
-        )
-
-
-def _refuse_other_settings(job: Job, settings: Train) -> None:
-    begun = {"reading": encode(STRICT)} | job.settings  # of a training that began before there were such settings
-    changed = [name for name, value in _decisive(settings).items() if begun.get(name) != value]
-    if changed:
-        raise UsageError(
-            f"the unfinished training was started with other settings ({', '.join(changed)}); --resume goes on with the "
-            "same ones. Give them as they were, or begin anew with another --out."
         )
 
 
@@ -252,7 +197,7 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
             "fold": f"{settings.fold} of {settings.folds}",
             "patch": "×".join(map(str, job.plan.patch)),
             "batch": job.plan.batch,
-            "learning_rate": settings.learning_rate,
+            "learning_rate": job.recipe.learning_rate,
             "seed": settings.seed,
         },
         tags={"hilum": hilum_version(), "code": tracking.code_version(), "dataset": job.plan.dataset[:16]},
@@ -283,246 +228,39 @@ def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
         tracker.finish("FINISHED")
 
 
-def _fit(
-    job: Job, settings: Train, cases: dict[str, PreparedCase], workshop: Workshop, tracker: tracking.Tracker,
-    progress: Progress,
-) -> tuple["Training", lightning.Trainer]:  # fmt: skip
-    lightning.seed_everything(settings.seed, verbose=False)
-    device = choose_device(settings.device)
-    module = Training(job, settings, [cases[i] for i in job.trained_on], [cases[i] for i in job.held_out])
-    trainer = lightning.Trainer(
-        max_epochs=-1 if settings.minutes else settings.epochs or 100,
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if device.type == "cuda" else "32-true",
-        gradient_clip_val=12.0,  # nnU-Net v2
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        reload_dataloaders_every_n_epochs=1,  # every epoch draws its own windows
-        num_sanity_val_steps=0,
-        plugins=[SafeCheckpoints()],
-        callbacks=[
-            Watch(tracker, progress),
-            ModelCheckpoint(workshop.folder, "last", enable_version_counter=False, save_on_train_epoch_end=True),
-        ],
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # on a CPU they would starve it
-        warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
-        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
-        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 on torch 2.15
-        trainer.fit(module, ckpt_path=workshop.checkpoint, weights_only=None)
-    return module, trainer
-
-
-class Training(lightning.LightningModule):
-    """What Lightning needs to know: the loss, the optimiser, the rate, the data. Nothing here knows a network by name."""
-
-    def __init__(self, job: Job, settings: Train, trained_on: Sequence[PreparedCase], held_out: Sequence[PreparedCase]):
-        super().__init__()
-        self.network = build_network(settings.network, job.network_config, job.plan)
-        self.plan = job.plan
-        self.settings = settings
-        self.trained_on, self.held_out = list(trained_on), list(held_out)
-        self.loss = DeepSupervision()
-        self.clock = Clock()
-        most = 250 if choose_device(settings.device).type == "cuda" else 40  # nnU-Net's 250 steps are minutes on a CPU
-        self.steps = settings.steps_per_epoch or int(np.clip(len(trained_on) // job.plan.batch, 20, most))
-        self.losses: list[float] = []
-        self.validated: list[dict[str, float]] = []
-        self.latest: dict[str, float] = {}
-
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        windows = Windows(
-            self.trained_on,
-            self.plan,
-            seed=self.settings.seed,
-            epoch=self.current_epoch,
-            windows=self.steps * self.plan.batch,
-        )
-        on_gpu = choose_device(self.settings.device).type == "cuda"
-        workers = self.settings.workers if self.settings.workers is not None else on_gpu * len(os.sched_getaffinity(0))
-        return DataLoader(windows, batch_size=self.plan.batch, num_workers=workers, pin_memory=on_gpu)
-
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        return DataLoader(Whole(self.held_out[:VALIDATION_CASES]), batch_size=1)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            self.network.parameters(), lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay
-        )
-
-    @property
-    def share_done(self) -> float:
-        """How much of the training lies behind, 0 to 1: of its minutes, or of its steps."""
-        if self.settings.minutes:
-            return min(1.0, self.clock.minutes / self.settings.minutes)
-        return min(1.0, self.global_step / (self.steps * (self.settings.epochs or 100)))
-
-    def on_fit_start(self) -> None:
-        self.clock.start()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """The rate rises over the first twenty steps, then falls to zero with the share that is left (nnU-Net's power)."""
-        warm = min(1.0, (self.global_step + 1) / 20)
-        for group in self.trainer.optimizers[0].param_groups:
-            group["lr"] = self.settings.learning_rate * warm * (1 - self.share_done) ** 0.9
-
-    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
-        image, labels = batch
-        loss = self.loss(self.network(image), labels)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in epoch {self.current_epoch}; it must stay finite. "
-                "Lower the learning rate, and run `hilum check` on the dataset."
-            )
-        self.losses.append(float(loss.detach()))
-        return loss
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.settings.minutes and self.clock.minutes >= self.settings.minutes:
-            self.trainer.should_stop = True
-
-    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
-        logits, truth = self.whole_case(batch)
-        scores = {"loss": float(dice_cross_entropy(logits[None], truth[None].to(logits.device)))}
-        for label, score in zip(
-            self.plan.labels, class_dice(logits.argmax(0).cpu(), truth.cpu(), self.plan), strict=True
-        ):
-            if score is not None:
-                scores[label.name] = score
-        self.validated.append(scores)
-
-    def whole_case(self, batch: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """A whole prepared scan through the network, window by window as in segmentation."""
-        image, truth = batch
-        self.network.eval()
-        logits = blended_logits(
-            image[0].cpu(), self.network, self.plan.patch, self.plan.classes, Inference(), self.device
-        )
-        return logits, truth[0]
-
-    def on_validation_epoch_end(self) -> None:
-        names = sorted({name for scores in self.validated for name in scores})
-        means = {name: float(np.mean([s[name] for s in self.validated if name in s])) for name in names}
-        per_label = {f"val/dice_{name}": mean for name, mean in means.items() if name != "loss"}
-        self.latest = {
-            "train/loss": float(np.mean(self.losses)) if self.losses else float("nan"),
-            "val/loss": means["loss"],
-            "val/dice_mean": float(np.mean(list(per_label.values()))) if per_label else 0.0,
-            "train/learning_rate": self.trainer.optimizers[0].param_groups[0]["lr"],
-            "train/minutes": self.clock.minutes,
-            **per_label,
+def _told(scores: Scores, tracker: tracking.Tracker, step: int) -> None:
+    if not scores.dice:
+        return
+    figures = {f"held_out/dice_{name}": dice for name, dice in scores.dice.items()}
+    figures |= {"held_out/dice_mean": scores.mean_dice}
+    if scores.calibration:
+        figures |= {
+            "held_out/ece": scores.calibration.ece_before,
+            "held_out/ece_calibrated": scores.calibration.ece_after,
         }
-        self.losses, self.validated = [], []
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["minutes"] = self.clock.minutes
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.clock = Clock(before=checkpoint["minutes"])
-
-
-class Clock:
-    """Minutes of training, those before a resume included."""
-
-    def __init__(self, before: float = 0.0):
-        self.before = before
-        self.started: float | None = None
-
-    def start(self) -> None:
-        self.started = time.monotonic()
-
-    @property
-    def minutes(self) -> float:
-        return self.before + (0.0 if self.started is None else (time.monotonic() - self.started) / 60)
-
-
-class Watch(Callback):
-    """Tells MLflow and whoever watches, after every epoch and step."""
-
-    def __init__(self, tracker: tracking.Tracker, progress: Progress):
-        self.tracker, self.progress = tracker, progress
-        self.pictured = -1
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self._tell(module)
-
-    def on_validation_end(self, trainer: Any, module: Any) -> None:
-        self.tracker.metrics(module.latest, step=module.current_epoch)
-        due = int(module.share_done * (PICTURES - 1))
-        if due > self.pictured:
-            self.pictured = due
-            self._draw(module)
-        self.tracker.flush()  # before the checkpoint: what a resumed run skips must be in the store
-        self._tell(module)
-
-    def _tell(self, module: "Training") -> None:
-        note = f"epoch {module.current_epoch + 1}"
-        if module.latest:
-            note += f", loss {module.latest['train/loss']:.3f}, Dice {module.latest['val/dice_mean']:.3f}"
-        total = module.settings.minutes or (module.settings.epochs or 100)
-        self.progress("train", module.share_done * total, total, note)
-
-    def _draw(self, module: "Training") -> None:
-        for number, case in enumerate(module.held_out[:PICTURED_CASES], start=1):
-            image, truth = Whole([case])[0]
-            with torch.inference_mode():
-                logits, _ = module.whole_case([image[None], truth[None]])
-            found = logits.argmax(dim=0).numpy()
-            picture = compare(image.numpy(), truth.numpy(), found, module.plan.labels, module.plan.spacing_mm)
-            self.tracker.picture(f"validation/case {number}", picture, step=module.current_epoch)
-
-
-def class_dice(found: Tensor, truth: Tensor, plan: Plan) -> list[float | None]:
-    """Dice of each label on one case; None where the case has none of it and none was found."""
-    scores: list[float | None] = []
-    for number in range(1, plan.classes):
-        scores.append(dice((found == number).numpy(), (truth == number).numpy()))
-    return scores
-
-
-def _score(
-    dataset: Dataset, held_out: Sequence[CaseFiles], network: nn.Module, plan: Plan, device: str,
-    tracker: tracking.Tracker, module: Training, progress: Progress,
-) -> dict[str, float]:  # fmt: skip
-    """Mean Dice per label over every held-out case, on its own grid, through the very hops that segmentation takes."""
-    per_label: dict[str, list[float]] = {label.name: [] for label in plan.labels}
-    for done, files in enumerate(held_out, start=1):
-        case = dataset.read(files)
-        assert case.labels is not None
-        found = segment_volume(case.image, [network], plan, Inference(device=device), "")
-        for label in plan.labels:
-            score = dice(found.labels.voxels[0] == label.value, case.labels.voxels[0] == label.value)
-            if score is not None:
-                per_label[label.name].append(score)
-        progress("score held-out cases", done, len(held_out))
-    scores = {name: round(float(np.mean(values)), 4) for name, values in per_label.items() if values}
-    final = {f"held_out/dice_{name}": score for name, score in scores.items()}
-    tracker.metrics(
-        final | {"held_out/dice_mean": float(np.mean(list(scores.values() or [0.0])))}, step=module.current_epoch
-    )
-    return scores
+    tracker.metrics(figures, step=step)
 
 
 def _pack(
-    out: Path, job: Job, settings: Train, module: Training, trainer: lightning.Trainer, scores: dict[str, float],
-    tracker: tracking.Tracker,
+    out: Path, job: Job, settings: Train, module: Training, scores: Scores, tracker: tracking.Tracker,
 ) -> ModelPackage:  # fmt: skip
     fold = Fold(
-        weights=f"weights-fold{settings.fold}.safetensors",
-        dice=scores,
+        weights=weights_file(settings.fold),
+        dice=scores.dice,
+        temperature=scores.temperature,
+        calibration=scores.calibration,
+        held_out=scores.held_out,
         cases_trained=len(job.trained_on),
         cases_held_out=len(job.held_out),
-        epochs=trainer.current_epoch,
-        minutes=round(module.clock.minutes, 2),
+        epochs=module.epoch,
+        steps=module.global_step,
+        minutes=round(module.clock.trained, 2),
         seed=settings.seed,
         run_id=tracker.run_id,
     )
     package = save(
         out,
-        network=module.network,
+        network=module.best_network,
         name=settings.model or job.plan.name,
         network_name=settings.network,
         network_config=job.network_config,

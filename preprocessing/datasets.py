@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import logging
 import os
 import re
@@ -10,29 +9,26 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .codes import meaning_of
-from .dicom import is_dicom
+from .declared import DatasetError, declared, label_table
+from .dicom import is_dicom, patient_of
 from .dicom import labels as dicom_labels
 from .files import EXTENSIONS, read, stem
+from .fingerprint import NOTHING, facts_of, label_counts
 from .plan import CaseFacts, Fingerprint, Label
 from .reading import STRICT, Reading
 from .records import nearest
-from .steps import Orient, nonzero_box
 from .verdict import Verdict
 from .volume import Case, ScanError, Volume, stack
 
 logger = logging.getLogger(__name__)
 
-# Okabe & Ito (2008): told apart by every common kind of colour vision; yellow last, it drowns on bright bone
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
-
-
-class DatasetError(ScanError):
-    """A folder is no dataset, or cases in it do not fit."""
+__all__ = [
+    "CaseFiles", "Dataset", "DatasetError", "Examination", "Finding", "check", "examine", "is_dataset", "label_table",
+    "open_dataset", "read_labels", "take_fingerprint",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,20 +71,23 @@ class Dataset:
     """What was wrong before any voxel was read: missing twins, names used twice."""
     reading: Reading = STRICT
     """What is allowed when its scans are read."""
+    ignored: int | None = None
+    """The value in label files under which nobody knows the truth."""
 
     def read(self, files: CaseFiles) -> Case:
         """The case as a value, on one grid, its channels named."""
         volumes = [read(path, self.reading) for path in files.images]
         image = volumes[0] if len(volumes) == 1 else stack(volumes, self.channels, self.reading.match)
         image = image.with_channels(self.channels)
-        names = {label.name: label.value for label in self.labels}
+        names = {label.name: own[0] for label in self.labels if len(own := _values_of(label)) == 1}
         labels = read_labels(files.labels, image, names, self.reading) if files.labels else None
         return Case(id=files.id, image=image, labels=labels)
 
 
 def open_dataset(path: Path, reading: Reading = STRICT) -> Dataset:
     """The dataset at that folder or CSV, whatever its layout; refused when it is none."""
-    return _named_by_dicom(replace(_opened(path), reading=reading))
+    named = _with_patients(_named_by_dicom(replace(_opened(path), reading=reading)))
+    return replace(named, findings=(*named.findings, *_looked_for_in_vain(named)))
 
 
 def _opened(path: Path) -> Dataset:
@@ -104,6 +103,11 @@ def _opened(path: Path) -> Dataset:
         f"{path.name} holds neither imagesTr + labelsTr nor images + labels; one of these, or a CSV file with the columns "
         "id, one per channel, labels, is needed. README shows each layout."
     )
+
+
+def _values_of(label: Label) -> tuple[int, ...]:
+    """The values of label files that it is made of."""
+    return label.parts or (label.value,)
 
 
 def is_dataset(path: Path) -> bool:
@@ -175,6 +179,37 @@ def _names_in(path: Path | None) -> dict[str, int]:
         return {}
 
 
+def _with_patients(dataset: Dataset) -> Dataset:
+    """Where nobody told the patients, what DICOM images say; unless all of them say the same, as anonymisers write it."""
+    said = {
+        files.id: patient_of(files.images[0])
+        for files in dataset.cases
+        if files.images and not files.patient and not files.images[0].name.endswith(EXTENSIONS)
+    }
+    if len(set(said.values())) < 2:
+        return dataset
+    cases = [replace(files, patient=files.patient or said.get(files.id, "")) for files in dataset.cases]
+    return replace(dataset, cases=tuple(cases))
+
+
+def _looked_for_in_vain(dataset: Dataset) -> Iterator[Finding]:
+    """Lists of labels that were looked for, with a name that no label has, or with none."""
+    names = [label.name for label in dataset.labels]
+    for files in dataset.cases:
+        if files.annotated == ():
+            problem = (
+                "is annotated with no label; such a case teaches nothing. Name what was looked for, or leave it out."
+            )
+            yield Finding(case=files.id, problem=problem)
+        for unknown in sorted(set(files.annotated or ()) - set(names)):
+            declared = f"declared are {', '.join(names)}" if names else "no label is declared by name in a dataset.json"
+            hint = nearest(unknown, names) or "."
+            problem = (
+                f"was annotated with {unknown!r}, which is no label; {declared}{hint} Correct the one or the other."
+            )
+            yield Finding(case=files.id, problem=problem)
+
+
 def check(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> tuple[Finding, ...]:
     """Everything that does not fit, case by case, to the end; nothing when all is well."""
     return examine(dataset, progress).findings
@@ -189,6 +224,8 @@ class Examination:
     """Per case, by its id; a case with a finding is refused."""
     absent: tuple[str, ...] = ()
     """Labels that are declared and occur in no case; a name is spelt differently, or a case is missing."""
+    notes: tuple[str, ...] = ()
+    """What is unusual about the dataset and right all the same, a sentence each."""
 
 
 def examine(dataset: Dataset, progress: Callable[[int, int], None] = lambda done, of: None) -> Examination:
@@ -202,12 +239,30 @@ def examine(dataset: Dataset, progress: Callable[[int, int], None] = lambda done
         seen = verdicts.get(case, Verdict(word="fine"))
         verdicts[case] = seen.refused(" ".join(finding.problem for finding in those), those[0].reason)
     verdicts = dict(sorted(verdicts.items()))
-    return Examination(findings=findings, verdicts=verdicts, absent=() if findings else _absent(dataset, examined))
+    absent = () if findings else _absent(dataset, examined)
+    return Examination(findings=findings, verdicts=verdicts, absent=absent, notes=tuple(_notes(dataset)))
 
 
 def _absent(dataset: Dataset, examined: Sequence["_Examined"]) -> tuple[str, ...]:
     seen = {value for one in examined for value in one.values}
-    return tuple(label.name for label in dataset.labels if label.value not in seen)
+    return tuple(label.name for label in dataset.labels if seen.isdisjoint(_values_of(label)))
+
+
+def _notes(dataset: Dataset) -> Iterator[str]:
+    cases = len(dataset.cases)
+    if any(label.parts for label in dataset.labels):
+        made = (f"{label.name} of {' + '.join(map(str, _values_of(label)))}" for label in dataset.labels)
+        yield f"labels are regions that may overlap: {', '.join(made)}"
+    if dataset.ignored is not None:
+        yield f"voxels of the value {dataset.ignored} are ignored: they neither teach nor count"
+    partly = [files.annotated for files in dataset.cases if files.annotated is not None]
+    if partly:
+        counts = {label.name: cases - sum(label.name not in one for one in partly) for label in dataset.labels}
+        told = ", ".join(f"{name} in {count}" for name, count in counts.items())
+        yield f"in {len(partly)} of {cases} cases only some labels were looked for: {told}"
+    patients = {files.patient or f"case {files.id}" for files in dataset.cases}
+    if len(patients) < cases:
+        yield f"{cases} cases are of {len(patients)} patients; no patient is divided between training and validation"
 
 
 def _unread(files: CaseFiles) -> Verdict:
@@ -230,10 +285,34 @@ def take_fingerprint(dataset: Dataset, progress: Callable[[int, int], None] = la
         logger.warning("%d of %d cases were repaired; `hilum check` tells what was done", repaired, len(examined))
     bytes_read = "".join(f"{one.id}{one.sha256}" for one in examined)
     how = "" if dataset.reading == STRICT else repr(dataset.reading)  # the same bytes read otherwise are other voxels
+    how += _looked_for(dataset)
     digest = hashlib.sha256((bytes_read + how).encode()).hexdigest()
-    names = {label.value: label.name for label in labels}
-    cases = {one.id: replace(one.facts, voxels={names[v]: n for v, n in one.values.items()}) for one in examined}
-    return Fingerprint(name=dataset.name, channels=dataset.channels, labels=labels, cases=cases, dataset=digest)
+    return Fingerprint(
+        name=dataset.name, channels=dataset.channels, labels=labels, cases=_case_facts(dataset, labels, examined),
+        dataset=digest, ignored=dataset.ignored,
+    )  # fmt: skip
+
+
+def _looked_for(dataset: Dataset) -> str:
+    """The same voxels teach something else when fewer labels were looked for; nothing where all were."""
+    partly = sorted((files.id, sorted(files.annotated)) for files in dataset.cases if files.annotated is not None)
+    return repr(partly) if partly else ""
+
+
+def _case_facts(dataset: Dataset, labels: tuple[Label, ...], examined: Sequence["_Examined"]) -> dict[str, CaseFacts]:
+    by_id = {files.id: files for files in dataset.cases}
+    told = [by_id[one.id].patient for one in examined]
+    numbers = {patient: str(n) for n, patient in enumerate(dict.fromkeys(filter(None, told)), start=1)}
+    facts = {}
+    for one, patient in zip(examined, told, strict=True):
+        counts = {label.name: sum(one.values.get(value, 0) for value in _values_of(label)) for label in labels}
+        facts[one.id] = replace(
+            one.facts,
+            voxels={name: count for name, count in counts.items() if count},
+            annotated=by_id[one.id].annotated,
+            patient=numbers.get(patient, ""),
+        )
+    return facts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,7 +343,6 @@ def _examine_all(
 
 
 def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
-    nothing = CaseFacts(shape=(1, 1, 1), spacing_mm=(1.0, 1.0, 1.0), kept=1.0, intensities=(), voxels={})
     try:
         case = dataset.read(files)
     except ScanError as error:
@@ -272,21 +350,21 @@ def _examine(dataset: Dataset, files: CaseFiles) -> _Examined:
             id=files.id,
             findings=(Finding(case=files.id, problem=str(error), reason=error.reason),),
             verdict=_unread(files),
-            facts=nothing,
+            facts=NOTHING,
             values={},
             sha256="",
             image_sha256="",
         )
     assert case.labels is not None
-    values, counts = np.unique(case.labels.voxels, return_counts=True)
-    found = {int(v): int(n) for v, n in zip(values, counts, strict=True) if v != 0}
-    findings = [Finding(case=files.id, problem=problem) for problem in _undeclared(dataset, found)]
+    found = label_counts(case.labels.voxels)
+    wrong = (*_undeclared(dataset, found), *_not_looked_for(dataset, files, found))
+    findings = [Finding(case=files.id, problem=problem) for problem in wrong]
     findings += [Finding(case=files.id, problem=problem, reason="values") for problem in _constant(case)]
     return _Examined(
         id=files.id,
         findings=tuple(findings),
         verdict=_verdict(case),
-        facts=_facts(case),
+        facts=facts_of(case, dataset.ignored),
         values=found,
         sha256=case.image.provenance.sha256 + case.labels.provenance.sha256,
         image_sha256=case.image.provenance.sha256,
@@ -307,12 +385,26 @@ def _verdict(case: Case) -> Verdict:
 
 
 def _undeclared(dataset: Dataset, found: dict[int, int]) -> Iterator[str]:
-    declared = {label.value for label in dataset.labels}
-    for value in sorted(set(found) - declared if declared else ()):
+    declared = {value for label in dataset.labels for value in _values_of(label)}
+    for value in sorted(set(found) - declared - {dataset.ignored} if declared else ()):
         yield (
             f"{found[value]} voxels carry the label {value}, which dataset.json does not declare; declared are "
             f"{sorted(declared)}. Declare it or repaint those voxels."
         )
+
+
+def _not_looked_for(dataset: Dataset, files: CaseFiles, found: dict[int, int]) -> Iterator[str]:
+    """Voxels of labels that, it is said, nobody looked for: either they are right or what is said."""
+    if files.annotated is None:
+        return
+    expected = {value for label in dataset.labels if label.name in files.annotated for value in _values_of(label)}
+    for label in dataset.labels:
+        for value in sorted(set(_values_of(label)) & set(found) - expected):
+            yield (
+                f"{found[value]} voxels carry the label {value} ({label.name}), which was not looked for in this case; "
+                f"annotated are {', '.join(files.annotated)}. Add it to what is annotated, or take those voxels away."
+            )
+            expected.add(value)
 
 
 def _constant(case: Case) -> Iterator[str]:
@@ -330,21 +422,6 @@ def _twins(examined: Sequence[_Examined]) -> Iterator[Finding]:
         seen.setdefault(one.image_sha256, one.id)
 
 
-def _facts(case: Case) -> CaseFacts:
-    assert case.labels is not None
-    image = Orient().apply(case.image)
-    inside = case.labels.voxels[0] > 0
-    ranks = np.linspace(0, 1, 201)
-    painted = [voxels[inside] if inside.any() else voxels.ravel() for voxels in case.image.voxels]
-    return CaseFacts(
-        shape=image.geometry.shape,
-        spacing_mm=image.geometry.spacing,
-        kept=float(np.prod(nonzero_box(image, margin=2).shape) / np.prod(image.geometry.shape)),
-        intensities=tuple(tuple(float(x) for x in np.quantile(v, ranks)) for v in painted),
-        voxels={},
-    )
-
-
 def _found_labels(examined: Iterable[_Examined]) -> tuple[Label, ...]:
     values = sorted({value for one in examined for value in one.values})
     if not values:
@@ -354,28 +431,16 @@ def _found_labels(examined: Iterable[_Examined]) -> tuple[Label, ...]:
     return label_table({f"label_{value}": value for value in values})
 
 
-def label_table(values: dict[str, int]) -> tuple[Label, ...]:
-    """Names and values with colours from the palette and codes from the table, background left out."""
-    named = sorted((value, name) for name, value in values.items() if value != 0)
-    return tuple(_label(value, name, PALETTE[n % len(PALETTE)]) for n, (value, name) in enumerate(named))
-
-
-def _label(value: int, name: str, colour: tuple[int, int, int]) -> Label:
-    told = meaning_of(name)
-    return Label(
-        value=value, name=name, colour=colour, category=told.category, type=told.type, modifiers=told.modifiers
-    )
-
-
 def _open_csv(path: Path) -> Dataset:
     with path.open(newline="", encoding="utf-8-sig") as lines:  # Excel opens a CSV with a byte order mark
         reader = csv.DictReader(lines, restval="")
         columns = list(reader.fieldnames or ())
         rows = list(reader)
-    channels = tuple(name for name in columns if name not in ("id", "labels"))
+    channels = tuple(name for name in columns if name not in ("id", "labels", "annotated", "patient"))
     if "id" not in columns or "labels" not in columns or not channels:
         raise DatasetError(
-            f"{path.name} has the columns {columns}; id, labels and one column per channel are needed. Name them so in its first line."
+            f"{path.name} has the columns {columns}; id, labels and one column per channel are needed, annotated and "
+            "patient may be. Name them so in its first line."
         )
     cases, findings = [], []
     for row in rows:
@@ -386,78 +451,66 @@ def _open_csv(path: Path) -> Dataset:
             file or f"a file for {name}" for name, file in named if not file or not (path.parent / file).exists()
         ]
         findings += [Finding(case=row["id"], problem=f"{m} does not exist; correct the row.") for m in missing]
-        cases.append(CaseFiles(id=row["id"], images=() if missing else images, labels=labels))
+        cases.append(
+            CaseFiles(
+                id=row["id"],
+                images=() if missing else images,
+                labels=labels,
+                annotated=_listed(row.get("annotated") or ""),
+                patient=(row.get("patient") or "").strip(),
+            )
+        )
     findings += _bad_ids([case.id for case in cases])
+    told = declared(path.parent)
     return Dataset(
-        name=path.stem, layout="CSV", channels=channels, labels=(), cases=tuple(cases), findings=tuple(findings)
-    )
-
-
-def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Dataset:
-    described = _described(root)
-    findings = list(described.findings)
-    label_files = {_name(path): path for path in _scans(labels)}
-    grouped = _grouped(_scans(images), set(label_files), described.channels)
-    cases = []
-    for case_id in sorted(set(grouped) | set(label_files)):
-        files = CaseFiles(id=case_id, images=grouped.get(case_id, ()), labels=label_files.get(case_id))
-        findings += _orphan(files, described.channels, images.name, labels.name)
-        cases.append(files)
-    findings += _bad_ids(list(grouped))
-    findings += _gaps(_numbered(_scans(images), set(label_files)))
-    findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
-    findings += _promised(described.promised, {case.id for case in cases})
-    channels = described.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
-    return Dataset(
-        name=described.name or root.resolve().name,
-        layout=layout,
+        name=path.stem,
+        layout="CSV",
         channels=channels,
-        labels=described.labels,
+        labels=told.labels,
+        ignored=told.ignored,
         cases=tuple(cases),
         findings=tuple(findings),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Description:
-    name: str = ""
-    channels: tuple[str, ...] = ()
-    labels: tuple[Label, ...] = ()
-    promised: tuple[str, ...] = ()
-    findings: tuple[Finding, ...] = ()
+def _listed(cell: str) -> tuple[str, ...] | None:
+    """'liver; spleen' as names; an empty cell: all labels were looked for."""
+    return tuple(dict.fromkeys(filter(None, map(str.strip, cell.split(";"))))) or None
 
 
-def _described(root: Path) -> _Description:
-    """What dataset.json says, in Decathlon's or nnU-Net's words."""
-    path = root / "dataset.json"
-    if not path.exists():
-        return _Description()
-    try:
-        record = json.loads(path.read_text())
-        channels = record.get("channel_names") or record.get("modality") or {}
-        return _Description(
-            name=str(record.get("name") or ""),
-            channels=tuple(str(channels[key]) for key in sorted(channels, key=int)),
-            labels=_described_labels(record.get("labels", {})),
-            promised=tuple(_name(Path(one["image"])) for one in record.get("training", ()) if isinstance(one, dict)),
+def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Dataset:
+    told = declared(root)
+    findings: list[Finding] = []
+    label_files = {_name(path): path for path in _scans(labels)}
+    grouped = _grouped(_scans(images), set(label_files), told.channels)
+    cases = []
+    for case_id in sorted(set(grouped) | set(label_files)):
+        files = CaseFiles(
+            id=case_id,
+            images=grouped.get(case_id, ()),
+            labels=label_files.get(case_id),
+            annotated=told.annotated.get(case_id),
+            patient=told.patients.get(case_id, ""),
         )
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DatasetError(
-            f"{root.name}/dataset.json cannot be understood ({error}); Decathlon's or nnU-Net's form is needed. README shows both."
-        ) from None
-
-
-def _described_labels(record: dict[str, Any]) -> tuple[Label, ...]:
-    """Decathlon writes {"1": "liver"}, nnU-Net {"liver": 1}."""
-    if all(re.fullmatch(r"\d+", key) for key in record):
-        return label_table({str(name): int(value) for value, name in record.items()})
-    for name, value in record.items():
-        if not isinstance(value, int) or name == "ignore":
-            raise DatasetError(
-                f"dataset.json declares {name!r} as {value!r}; one whole number per label is what can be trained today. "
-                "Regions and ignored voxels are not read yet: write plain labels."
-            )
-    return label_table(record)
+        findings += _orphan(files, told.channels, images.name, labels.name)
+        cases.append(files)
+    findings += _bad_ids(list(grouped))
+    findings += _gaps(_numbered(_scans(images), set(label_files)))
+    findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
+    present = {case.id for case in cases}
+    findings += _promised([_name(Path(image)) for image in told.promised], present)
+    findings += _named_in_vain("annotated", told.annotated, present)
+    findings += _named_in_vain("patients", told.patients, present)
+    channels = told.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
+    return Dataset(
+        name=told.name or root.resolve().name,
+        layout=layout,
+        channels=channels,
+        labels=told.labels,
+        ignored=told.ignored,
+        cases=tuple(cases),
+        findings=tuple(findings),
+    )
 
 
 def _scans(folder: Path) -> list[Path]:
@@ -553,8 +606,16 @@ def _stored_twice(paths: Sequence[Path]) -> Iterator[Finding]:
 
 def _promised(promised: Sequence[str], present: set[str]) -> Iterator[Finding]:
     for case_id in sorted(set(promised) - present):
-        hint = nearest(case_id, sorted(present))
+        hint = nearest(case_id, sorted(present)) or "."
         yield Finding(
             case=case_id,
             problem=f"is listed in dataset.json but lies in no folder{hint} Add it or take it off the list.",
+        )
+
+
+def _named_in_vain(key: str, named: Iterable[str], present: set[str]) -> Iterator[Finding]:
+    for case_id in sorted(set(named) - present):
+        hint = nearest(case_id, sorted(present)) or "."
+        yield Finding(
+            case=case_id, problem=f"is named under `{key}` in dataset.json and is no case{hint} Correct its name there."
         )

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Bool, Float, Integer, Shaped
+from scipy.ndimage import find_objects
+from scipy.ndimage import label as label_pieces
 
 Triple = tuple[int, int, int]
 
@@ -34,34 +36,90 @@ def bell(side: int) -> Float[np.ndarray, " side"]:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Places:
-    """For one case: where each of its labels lies, a fair sample of voxels per label."""
+    """For one case: where each of its labels lies, a fair sample of the voxels of each connected piece."""
 
-    per_label: dict[int, Integer[np.ndarray, "n 3"]]
+    voxels: Integer[np.ndarray, "n 3"]
+    """Those of a piece side by side, the pieces of a label one after another."""
+    pieces: Integer[np.ndarray, "m 3"]
+    """For each piece its label, how many of `voxels` are its, and how many it has."""
 
     @staticmethod
     def of(labels: Integer[np.ndarray, "1 i j k"], rng: np.random.Generator, most: int = 2_000) -> "Places":
-        """Up to `most` voxels of every label; a small lesion keeps all of its own."""
-        found = {}
-        for value in np.unique(labels[labels > 0]):
-            voxels = np.argwhere(labels[0] == value).astype(np.int32)
-            found[int(value)] = rng.permutation(voxels)[:most]
-        return Places(per_label=found)
+        """Up to `most` voxels of every label; a small one keeps all of its own. What is ignored (below 0) is no label."""
+        voxels, pieces = [np.zeros((0, 3), np.int32)], [np.zeros((0, 3), np.int64)]
+        for value, box in enumerate(find_objects(labels[0]), start=1):
+            if box is not None:
+                found, sizes = _sample(labels[0][box] == value, rng, most)
+                voxels += [one + [side.start for side in box] for one in found]
+                pieces.append(np.array([(value, len(one), size) for one, size in zip(found, sizes, strict=True)]))
+        small = np.int16 if max(labels.shape) < 2**15 else np.int32
+        return Places(voxels=np.concatenate(voxels).astype(small), pieces=np.concatenate(pieces).astype(np.int32))
+
+    @property
+    def per_label(self) -> dict[int, Integer[np.ndarray, "n 3"]]:
+        """The voxels of each label."""
+        owner = np.repeat(self.pieces[:, 0], self.pieces[:, 1])
+        return {int(value): self.voxels[owner == value] for value in np.unique(owner)}
+
+    def draw(self, rng: np.random.Generator) -> Integer[np.ndarray, " 3"]:
+        """A voxel of some label. Every label is drawn as often, however small; within it half of the draws are fair to
+        its voxels and half to its pieces, so that a small lesion beside a large one is met too."""
+        label = rng.choice(np.unique(self.pieces[:, 0]))
+        mine = np.flatnonzero(self.pieces[:, 0] == label)
+        sizes = self.pieces[mine, 2]
+        piece = rng.choice(mine, p=(sizes / sizes.sum() + 1 / len(sizes)) / 2)
+        first = self.pieces[:piece, 1].sum()
+        return self.voxels[first + rng.integers(self.pieces[piece, 1])]
+
+
+def _sample(
+    mask: Bool[np.ndarray, "i j k"], rng: np.random.Generator, most: int
+) -> tuple[list[Integer[np.ndarray, "n 3"]], list[int]]:
+    """Some voxels of each piece, together at most so many, and the pieces' sizes, the largest first."""
+    numbered, _ = label_pieces(mask, structure=np.ones((3, 3, 3)))
+    flat = np.flatnonzero(numbered)
+    piece = numbered.ravel()[flat] - 1
+    sizes = np.bincount(piece)
+    flat = flat[np.argsort(piece, kind="stable")]
+    firsts = np.cumsum(sizes) - sizes
+    largest = np.argsort(-sizes, kind="stable")[:most]  # more pieces than that are noise
+    found = []
+    for number, kept in zip(largest, _kept(sizes[largest], most), strict=True):
+        some = firsts[number] + rng.choice(sizes[number], kept, replace=False)
+        found.append(np.stack(np.unravel_index(flat[some], mask.shape), axis=1))
+    return found, [int(size) for size in sizes[largest]]
+
+
+def _kept(sizes: Integer[np.ndarray, " m"], most: int) -> Integer[np.ndarray, " m"]:
+    """How many voxels of each piece are kept: half of the places are shared out equally, half by size."""
+    half = max(most // 2, len(sizes))  # every piece has one
+    low, high = 1, most
+    while low < high:  # the most that each may have so that together they have no more than half
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(sizes, middle).sum() <= half else (low, middle - 1)
+    return np.minimum(sizes, low + (sizes / sizes.sum() * (most - half)).astype(int))
 
 
 FOREGROUND = 0.5
 """Share of training windows centred on a label. nnU-Net takes a third; on few steps a CPU can afford, more is better."""
 
 
-def draw(shape: Triple, patch: Triple, places: Places, rng: np.random.Generator) -> Triple:
-    """Where one training window starts: on a label (every label as often, however small) or anywhere; inside the scan."""
+def draw(
+    shape: Triple, patch: Triple, places: Places, rng: np.random.Generator, *, foreground: float = FOREGROUND,
+    forced: bool | None = None,
+) -> Triple:  # fmt: skip
+    """Where one training window starts: on a label, or anywhere. It lies inside the scan if that is large enough, and
+    otherwise around it. `foreground` is the share that lies on a label; `forced` decides it for this window."""
     room = np.array(shape) - np.array(patch)
-    if places.per_label and rng.random() < FOREGROUND:
-        voxels = places.per_label[int(rng.choice(sorted(places.per_label)))]
-        aside = np.minimum(2, (np.array(patch) - 1) // 2)  # a thin window must not miss the voxel it was drawn for
-        centre = voxels[rng.integers(len(voxels))] + rng.integers(-aside, aside + 1)
-        start = np.clip(centre - np.array(patch) // 2, 0, room)
+    first, last = np.minimum(room, 0), np.maximum(room, 0)
+    on_label = rng.random() < foreground if forced is None else forced
+    if len(places.pieces) and on_label:
+        # turned by any angle and drawn nearer by 0.7, the voxel is still in the window that was drawn for it
+        aside = min(2, (min(patch) - 1) // 5)
+        centre = places.draw(rng) + rng.integers(-aside, aside + 1, size=3)
+        start = np.clip(centre - np.array(patch) // 2, first, last)
     else:
-        start = rng.integers(0, room + 1)
+        start = rng.integers(first, last + 1)
     i, j, k = (int(n) for n in start)
     return i, j, k
 

@@ -1,7 +1,8 @@
-"""From what a dataset is (Fingerprint) to how it is treated (Plan): the rules, one function each, each with its reason."""
+"""What a dataset is (Fingerprint) and how it is treated (Plan), as a YAML that a person can read and edit."""
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Int16, Integer
 
 from .codes import Code, Meaning, meaning_of
 from .records import BadRecord, decode, encode
-from .steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step
+from .steps import Pad, Step
 
 Triple = tuple[int, int, int]
 
@@ -99,6 +100,8 @@ class Plan:
     """The value in label files under which nobody knows the truth: no loss there."""
     mode: Literal["hilum", "nnunet"] = "hilum"
     """Whose rules made it."""
+    memory_gb: float | None = None
+    """What a training step is predicted to take at its peak, the process itself included; null: nobody predicted it."""
     network_options: dict[str, Any] = field(default_factory=dict)
     """Settings of the network that the rules ask for; `train --network_options` wins."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -193,12 +196,21 @@ class CaseFacts:
 
     shape: Triple
     spacing_mm: tuple[float, float, float]
-    kept: float
-    """Share of the voxels left after the zero border is cut away."""
+    cropped: Triple
+    """The shape once the border in which every channel is zero is cut away."""
     intensities: tuple[tuple[float, ...], ...]
-    """Per channel: intensities under the labels, at evenly spaced ranks."""
+    """Per channel: intensities under the labels, at evenly spaced ranks; each case has as many, so each weighs the same."""
     voxels: dict[str, int]
     """Per label: how many voxels carry it."""
+    annotated: tuple[str, ...] | None = None
+    """Names of the labels that were looked for; None: all of them."""
+    patient: str = ""
+    """The same word in every case of one patient: a number within the dataset, never what a file says. Empty: a patient of its own."""
+
+    @property
+    def kept(self) -> float:
+        """Share of the voxels left after the zero border is cut away."""
+        return math.prod(self.cropped) / math.prod(self.shape)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,169 +222,15 @@ class Fingerprint:
     labels: tuple[Label, ...]
     cases: dict[str, CaseFacts]
     dataset: str
+    ignored: int | None = None
+    """The value in label files under which nobody knows the truth."""
 
     def median(self, get: Callable[[CaseFacts], Sequence[float]]) -> np.ndarray:
         """The median over cases of a triple."""
         return np.median([get(facts) for facts in self.cases.values()], axis=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What there is to train with. The pipeline measures it; the rules only read it."""
-
-    memory_gb: float
-    """Free memory of the GPU where there is one, of this process otherwise."""
-    cores: int
-    has_gpu: bool
-
-
-def make_plan(fingerprint: Fingerprint, machine: Machine) -> Plan:
-    """Every rule in turn; each gives its value and the reason that is written beside it."""
-    spacing, why_spacing = spacing_rule(fingerprint)
-    crop, why_crop = crop_rule(fingerprint)
-    normalise, why_normalise = normalise_rule(fingerprint)
-    shape = prepared_shape(fingerprint, spacing)
-    patch, why_patch = patch_rule(shape, spacing, machine)
-    batch, why_batch = batch_rule(patch, len(fingerprint.cases), machine)
-    steps: list[Step] = [
-        Orient(),
-        *([Crop()] if crop else []),
-        Resample(spacing_mm=spacing),
-        normalise,
-        Pad(shape=patch),
-    ]
-    return Plan(
-        name=fingerprint.name,
-        channels=fingerprint.channels,
-        labels=fingerprint.labels,
-        steps=tuple(steps),
-        spacing_mm=spacing,
-        patch=patch,
-        batch=batch,
-        reasons={
-            "orient": "every scan is turned to Right-Anterior-Superior: a network must not depend on how a file is stored",
-            "crop": why_crop,
-            "spacing_mm": why_spacing,
-            "normalise": why_normalise,
-            "patch": why_patch,
-            "batch": why_batch,
-        },
-        dataset=fingerprint.dataset,
-    )
-
-
-ANISOTROPIC = 3.0
-"""nnU-Net v2 (ANISO_THRESHOLD): an axis this much coarser than the next is treated by its own rule."""
-
-
-def spacing_rule(fingerprint: Fingerprint) -> tuple[tuple[float, float, float], str]:
-    """The median spacing; a much coarser, much shorter axis takes the finer tenth, so that most scans keep their slices."""
-    spacing = fingerprint.median(lambda facts: facts.spacing_mm)
-    shape = fingerprint.median(lambda facts: facts.shape)
-    why = f"the median over {len(fingerprint.cases)} cases"
-    coarse = int(np.argmax(spacing))
-    others = [axis for axis in range(3) if axis != coarse]
-    next_coarsest = float(spacing[others].max())
-    if spacing[coarse] > ANISOTROPIC * next_coarsest and shape[coarse] * ANISOTROPIC < shape[others].min():
-        tenth = float(np.percentile([facts.spacing_mm[coarse] for facts in fingerprint.cases.values()], 10))
-        spacing[coarse] = max(tenth, next_coarsest)
-        why += f"; axis {'RAS'[coarse]} is over {ANISOTROPIC:g} times coarser than the others: its 10th percentile"
-    x, y, z = (round(float(s), 4) for s in spacing)
-    return (x, y, z), why
-
-
-def crop_rule(fingerprint: Fingerprint) -> tuple[bool, str]:
-    """Cut the zero border where the dataset has one."""
-    kept = float(np.median([facts.kept for facts in fingerprint.cases.values()]))
-    if kept < 0.9:
-        return True, f"the median case keeps {kept:.0%} of its voxels once the zero border is cut"
-    return False, f"no zero border worth cutting: the median case would keep {kept:.0%}"
-
-
-STRIPPED = 0.75
-"""nnU-Net v2: when the median case keeps less than this of its voxels, zero means 'nothing here', not 'dark'."""
-
-
-def normalise_rule(fingerprint: Fingerprint) -> tuple[Normalise, str]:
-    """By modality: CT has a unit and keeps it; every other channel is measured scan by scan."""
-    stripped = float(np.median([facts.kept for facts in fingerprint.cases.values()])) < STRIPPED
-    scales, why = [], []
-    for number, channel in enumerate(fingerprint.channels):
-        if channel.lower() == "ct":
-            pooled = np.concatenate([facts.intensities[number] for facts in fingerprint.cases.values()])
-            low, high = np.percentile(pooled, [0.5, 99.5])
-            mean, deviation = float(pooled.mean()), max(float(pooled.std()), 1e-3)
-            scales.append(Scale(by="dataset", low=float(low), high=float(high), mean=mean, deviation=deviation))
-            why.append(f"{channel}: Hounsfield units mean the same in every scan; clipped to what labels hold")
-        else:
-            scales.append(Scale(by="scan", nonzero=stripped))
-            where = "where it is not zero" if stripped else "over the whole scan"
-            why.append(f"{channel}: no fixed unit; each scan's own mean and deviation, {where}")
-    return Normalise(channels=tuple(scales)), "; ".join(why)
-
-
-def prepared_shape(fingerprint: Fingerprint, spacing: tuple[float, float, float]) -> np.ndarray:
-    """The median shape once every case has that spacing."""
-    return fingerprint.median(lambda facts: np.array(facts.shape) * np.array(facts.spacing_mm) / np.array(spacing))
-
-
-CPU_VOXELS_PER_CORE = 48_000
-"""A step on a CPU should stay near half a second: about this many voxels per core through a U-Net of 16 first channels."""
-GPU_VOXELS_PER_GB = 2 * 128**3 / 8
-"""nnU-Net v2 plans two windows of 128³ for 8 GB."""
-BYTES_PER_VOXEL = 1_600
-"""Measured: peak memory of a training step of residual_unet (width 16, float32), two windows of 40×56×40: 1558 a voxel."""
-
-
-def voxel_budget(machine: Machine) -> tuple[int, str]:
-    """How many voxels one training step may hold on this machine."""
-    if machine.has_gpu:
-        return int(machine.memory_gb * GPU_VOXELS_PER_GB), f"{machine.memory_gb:.0f} GB of GPU memory"
-    by_time = machine.cores * CPU_VOXELS_PER_CORE
-    by_memory = int(machine.memory_gb * 1e9 * 0.5 / BYTES_PER_VOXEL)
-    if by_memory < by_time:
-        return by_memory, f"half of {machine.memory_gb:.1f} GB free memory"
-    return by_time, f"about half a second a step on {machine.cores} CPU cores"
-
-
-def patch_rule(shape: np.ndarray, spacing: tuple[float, float, float], machine: Machine) -> tuple[Triple, str]:
-    """As much of the median scan as the budget holds twice; the longest side (in millimetres) gives way first."""
-    budget, why = voxel_budget(machine)
-    patch = np.array([_round_up(float(n)) for n in shape])
-    whole = patch.copy()
-    while np.prod(patch) * 2 > budget and patch.max() > 8:
-        longest = int(np.argmax(np.where(patch > 8, patch * np.array(spacing), 0)))
-        side = int(patch[longest])
-        patch[longest] = _round_up(side - _grain(side - 1))
-    i, j, k = (int(n) for n in patch)
-    if (patch == whole).all():
-        return (i, j, k), f"the whole median scan ({_times(np.round(shape))}) rounded up to what networks can halve"
-    return (i, j, k), f"what fits twice into {why}, of a median scan of {_times(np.round(shape))}"
-
-
-def batch_rule(patch: Triple, cases: int, machine: Machine) -> tuple[int, str]:
-    """As many windows as the budget holds, at least 2 and never more than there are cases to draw from."""
-    budget, why = voxel_budget(machine)
-    fitting = int(budget // np.prod(patch))
-    batch = max(2, min(fitting, 16, cases))
-    return batch, f"{fitting} windows fit {why}; kept between 2 and 16 and below the number of cases"
-
-
 def with_patch(plan: Plan, patch: Triple) -> Plan:
     """The same plan with another window, its padding following."""
     steps = tuple(replace(step, shape=patch) if isinstance(step, Pad) else step for step in plan.steps)
     return replace(plan, patch=patch, steps=steps)
-
-
-def _grain(size: int) -> int:
-    """What a window's side is a multiple of: thin sides are halved less often."""
-    return 8 if size > 16 else 4 if size > 4 else 1
-
-
-def _round_up(size: float) -> int:
-    grain = _grain(int(np.ceil(size)))
-    return max(1, int(np.ceil(size / grain) * grain))
-
-
-def _times(shape: Any) -> str:
-    return "×".join(f"{n:g}" for n in shape)

@@ -65,12 +65,24 @@ def _decode_union(kinds: tuple[Any, ...], record: Any, where: str) -> Any:
     kinds = tuple(kind for kind in kinds if kind is not type(None))
     if len(kinds) == 1:
         return _decode(kinds[0], record, where)
+    if not all(dataclasses.is_dataclass(kind) for kind in kinds):
+        return _decode_any(kinds, record, where)
     by_name = {kind.kind: kind for kind in kinds}
     name = record.get("kind") if isinstance(record, Mapping) else None
     if not isinstance(name, str) or name not in by_name:
         known = list(by_name)
         raise BadRecord(f"{where}: kind {name!r} is not known{nearest(str(name), known)} Known: {', '.join(known)}.")
     return _decode(by_name[name], {k: v for k, v in record.items() if k != "kind"}, f"{where} ({name})")
+
+
+def _decode_any(kinds: tuple[Any, ...], record: Any, where: str) -> Any:
+    """Plain values of several types: the first that fits."""
+    for kind in kinds:
+        try:
+            return _decode(kind, record, where)
+        except BadRecord as reason:
+            refused = reason
+    raise refused
 
 
 def _decode_tuple(inner: tuple[Any, ...], record: Any, where: str) -> tuple[Any, ...]:

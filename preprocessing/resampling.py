@@ -2,19 +2,25 @@
 
 To a grid of the same extent voxels go one axis at a time (`resample`): a separable resampling is a matrix per axis. Both
 grids cover the same millimetres edge to edge, so voxel centres map as x_before = (x_after + 1/2) * before / after - 1/2,
-and what lies outside the outermost centres repeats the edge.
+and what lies outside the outermost centres repeats the edge. Nothing is smoothed first: a coarser grid sees the old one
+at points, labels and scans alike.
 """
 
 import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import permutations
+from itertools import permutations, product
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Integer, Shaped
+from jaxtyping import Bool, Float, Float32, Integer, Shaped
+from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
+from .components import Runs, joined, objects_of, runs_of
 from .volume import CORNER_TOLERANCE_MM, Geometry, ScanError, Volume
 
 SHEAR_LIMIT = 4
@@ -31,32 +37,50 @@ def resized(geometry: Geometry, shape: tuple[int, int, int]) -> Geometry:
 
 
 def resample(
-    voxels: Shaped[np.ndarray, "channel i j k"], shape: tuple[int, int, int], *, order: int
-) -> Float[np.ndarray, "channel a b c"]:
-    """Interpolated voxels: order 1 keeps probabilities between 0 and 1, order 3 keeps the sharpness of a scan."""
-    out = voxels.astype(np.float32, copy=False)
-    shrinking_first = sorted(range(3), key=lambda axis: shape[axis] / voxels.shape[axis + 1])
-    for axis in shrinking_first:
-        if out.shape[axis + 1] != shape[axis]:
-            matrix = _weights(out.shape[axis + 1], shape[axis], order)
-            out = np.moveaxis(np.tensordot(matrix, out, axes=(1, axis + 1)), 0, axis + 1)
-    return np.ascontiguousarray(out)
+    voxels: Shaped[np.ndarray, "channel i j k"],
+    shape: tuple[int, int, int],
+    *,
+    order: int,
+    separate: int | None = None,
+) -> Float32[np.ndarray, "channel a b c"]:
+    """Interpolated voxels: order 1 keeps probabilities between 0 and 1, order 3 keeps the sharpness of a scan.
+
+    Along the axis `separate` each new voxel takes the nearest old one. Beside the result only slabs are held, and no
+    number depends on how many threads share the work.
+    """
+    if voxels.shape[1:] == shape:
+        return np.ascontiguousarray(voxels, np.float32)
+    out = np.empty((len(voxels), *shape), np.float32)
+    bands = [
+        _bands(before, after, 0 if axis == separate else order)
+        for axis, (before, after) in enumerate(zip(voxels.shape[1:], shape, strict=True))
+    ]
+    _at_once(
+        _fill, [slab for source, target in zip(voxels, out, strict=True) for slab in _slabs(source, target, bands)]
+    )
+    return out
 
 
 def resample_labels(
-    voxels: Integer[np.ndarray, "1 i j k"], shape: tuple[int, int, int]
+    voxels: Integer[np.ndarray, "1 i j k"], shape: tuple[int, int, int], *, separate: int | None = None
 ) -> Integer[np.ndarray, "1 a b c"]:
-    """Each label interpolated by itself, the strongest wins: smooth borders, and no label that was not there before."""
+    """Each label interpolated linearly by itself, the strongest wins; a tie goes to the lowest.
+
+    Steps of a border are rounded, except along an axis that alone gets finer: there this is the nearest slice. No label
+    appears that was not there, and no object is lost: one that falls between the new voxels is given the voxel nearest
+    to its centre (`_restore`). A new voxel sees only the eight old ones around it, and where these agree nothing is
+    computed: how many labels there are costs nothing.
+    """
     if voxels.shape[1:] == shape:
         return voxels
-    winner = np.zeros((1, *shape), dtype=voxels.dtype)
-    strongest = np.full((1, *shape), -np.inf, dtype=np.float32)
-    for value in np.unique(voxels):
-        share = resample(voxels == value, shape, order=1)
-        stronger = share > strongest + 1e-6  # a tie stays with the lower label, whatever the rounding
-        winner[stronger] = value
-        np.maximum(strongest, share, out=strongest)
-    return winner
+    out = np.empty((1, *shape), voxels.dtype)
+    axes = _slowest_first(voxels[0])
+    source, target = voxels[0].transpose(axes), out[0].transpose(axes)
+    neighbours = [_neighbours(voxels.shape[axis + 1], shape[axis], axis == separate) for axis in axes]
+    before = joined(_at_once(lambda some: runs_of(source[some]), _cut(len(source), 16)))
+    after = joined(_at_once(lambda some: _decide(source, target, neighbours, some), _cut(len(target), 16)))
+    _restore(out[0], before, after, neighbours, axes)
+    return out
 
 
 def onto(volume: Volume, geometry: Geometry, order: int = 1) -> tuple[Volume, float]:
@@ -143,7 +167,7 @@ def _placed_on(
             slab[missed] = lowest
         return int(missed.sum())
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # scipy lets other threads run
+    with ThreadPoolExecutor(_threads()) as pool:  # scipy lets other threads run
         beyond = sum(pool.map(place, range(geometry.shape[2])))
     provenance = replace(volume.provenance, slices=())
     there = replace(volume, voxels=voxels, geometry=geometry, provenance=provenance)
@@ -168,34 +192,380 @@ def _missed(
     return missed
 
 
+# scans: one axis after the other, slab by slab
+
+
+@dataclass(frozen=True, eq=False)
+class _Band:
+    """Some rows of the matrix of one axis, and the columns outside of which they are zero."""
+
+    rows: slice
+    columns: slice
+    matrix: Float32[np.ndarray, "row column"]
+
+
+@dataclass(frozen=True, eq=False)
+class _Slab:
+    """A slab of the result, the voxels it is made from, and along which axes they go, in order."""
+
+    source: Shaped[np.ndarray, "i j k"]
+    target: Float32[np.ndarray, "a b c"]
+    steps: Sequence[tuple[int, Sequence[_Band]]]
+
+
+def _slabs(
+    source: Shaped[np.ndarray, "i j k"], target: Float32[np.ndarray, "a b c"], bands: Sequence[Sequence[_Band]]
+) -> Iterable[_Slab]:
+    """Slabs across one of the two axes that are slower in memory, the one that shrinks more: it goes first, and what
+    follows has the less to do."""
+    growth = [after / before for before, after in zip(source.shape, target.shape, strict=True)]
+    across = min(_slowest_first(source)[:2], key=lambda axis: growth[axis])
+    then = [(axis, bands[axis]) for axis in sorted(range(3), key=lambda axis: growth[axis]) if axis != across]
+    then = [step for step in then if step[1]]
+    for band in bands[across]:
+        there, here = _at(across, band.columns), _at(across, band.rows)
+        whole = _Band(slice(None), slice(None), band.matrix)
+        yield _Slab(source[there], target[here], [(across, [whole]), *then])
+    if not bands[across]:
+        for here in (_at(across, some) for some in _cut(source.shape[across], 16)):
+            yield _Slab(source[here], target[here], then)
+
+
+def _fill(slab: _Slab) -> None:
+    """Carries a slab along its axes. The last product is written where it belongs, turned round if need be."""
+    source, axes = slab.source, _slowest_first(slab.source)
+    fast = axes[2]
+    for axis, bands in slab.steps:
+        is_last = axis == slab.steps[-1][0]
+        # matmul reads and writes without a copy where one of a product's two axes is the fastest in memory
+        other = fast if axis != fast else 2 if fast != 2 else 1
+        straight = is_last and 2 in (fast, axis, other)
+        shape = [*source.shape]
+        shape[axis] = slab.target.shape[axis]
+        reached = slab.target if straight else _empty(shape, axes)
+        third = 3 - axis - other
+        # voxels of another type are made float32 by and by, not all at once
+        for some in [slice(None)] if _is_packed(source, fast) else _cut(source.shape[third], 32):
+            here = _at(third, some)
+            _multiply(bands, _packed(source[here], axes), reached[here], (third, axis, other))
+        source = reached
+    if source is not slab.target:
+        slab.target[...] = source
+
+
+ONE_THREAD = 2**18
+"""Multiplications in a product that OpenBLAS leaves to the calling thread (its interface/gemm.c); it would divide a
+larger one by the number of threads, and the last digit would depend on it."""
+
+
+def _multiply(
+    bands: Sequence[_Band],
+    source: Float32[np.ndarray, "i j k"],
+    target: Float32[np.ndarray, "a b c"],
+    axes: tuple[int, int, int],
+) -> None:
+    """The matrix along the second of the axes, product by product."""
+    source, target = source.transpose(axes), target.transpose(axes)
+    for band in bands:
+        for some in _cut(source.shape[2], max(1, ONE_THREAD // band.matrix.size)):
+            np.matmul(band.matrix, source[:, band.columns, some], out=target[:, band.rows, some])
+
+
 @lru_cache(maxsize=64)
-def _weights(before: int, after: int, order: int) -> Float[np.ndarray, "after before"]:
-    """Row a holds what each old voxel gives to new voxel a."""
-    if order not in (1, 3):
-        raise ValueError(f"order {order} was asked for; 1 (linear) and 3 (cubic spline) are known")
-    places = np.clip((np.arange(after) + 0.5) * before / after - 0.5, 0, before - 1)
-    first = np.floor(places).astype(int)
-    matrix = np.zeros((after, before))
-    # scipy's prefilter applied to every unit vector at once turns "values" into "spline coefficients"
-    unit = np.eye(before)
-    coefficients = ndimage.spline_filter1d(unit, 3, axis=0, mode="mirror") if order == 3 and before > 1 else unit
-    for step in range(-1, 3) if order == 3 else range(2):
-        share = _bspline(places - (first + step), order)
-        matrix += share[:, None] * coefficients[_mirrored(first + step, before)]
-    return matrix.astype(np.float32)
+def _bands(before: int, after: int, order: int) -> tuple[_Band, ...]:
+    """What each old voxel gives to each new one, some rows at a time; none where nothing changes."""
+    if order not in KERNELS:
+        raise ValueError(f"order {order} was asked for; 0 (nearest), 1 (linear) and 3 (cubic spline) are known")
+    if before == after:
+        return ()
+    steps, kernel = KERNELS[order]
+    places = _places(before, after)
+    first = _nearest(places) if order == 0 else np.floor(places).astype(int)
+    samples = first[:, None] + np.array(steps)
+    share = kernel(places[:, None] - samples)
+    share /= share.sum(axis=1, keepdims=True)  # what is left out at the far ends weighs nothing
+    rows = int(np.clip(30 * after / before, 16, 64))  # wide enough that a row's own width is no longer the most of it
+    return tuple(_band(_mirrored(samples[some], before), share[some], some) for some in _cut(after, rows))
 
 
-def _bspline(x: Float[np.ndarray, " n"], order: int) -> Float[np.ndarray, " n"]:
+def _band(samples: Integer[np.ndarray, "row tap"], share: Float[np.ndarray, "row tap"], rows: slice) -> _Band:
+    first, last = int(samples.min()), int(samples.max())
+    matrix = np.zeros((len(samples), last - first + 1))
+    np.add.at(matrix, (np.arange(len(samples))[:, None], samples - first), share)  # a mirrored sample comes twice
+    return _Band(rows, slice(first, last + 1), matrix.astype(np.float32))
+
+
+REACH = 13
+"""How many samples to either side a spline is felt: a sample's weight falls by 2 - √3 from one to the next, and beyond
+this is less than float32 can tell."""
+
+
+def _cardinal(x: Float[np.ndarray, "row tap"]) -> Float[np.ndarray, "row tap"]:
+    """The cubic spline that is 1 at 0 and 0 at every other whole number: scipy's prefilter and its B-spline in one."""
+    first, pole = np.floor(x), np.sqrt(3) - 2
+    return np.sqrt(3) * sum(pole ** np.abs(first + step) * _bspline(x - first - step) for step in range(-1, 3))
+
+
+def _bspline(x: Float[np.ndarray, "row tap"]) -> Float[np.ndarray, "row tap"]:
     x = np.abs(x)
-    if order == 1:
-        return np.clip(1 - x, 0, None)
-    near, far = 2 / 3 - x**2 + x**3 / 2, np.clip(2 - x, 0, None) ** 3 / 6
-    return np.where(x < 1, near, far)
+    return np.where(x < 1, 2 / 3 - x**2 + x**3 / 2, np.clip(2 - x, 0, None) ** 3 / 6)
 
 
-def _mirrored(index: Integer[np.ndarray, " n"], size: int) -> Integer[np.ndarray, " n"]:
+KERNELS: dict[int, tuple[range, Callable[[Any], Any]]] = {
+    0: (range(1), np.ones_like),
+    1: (range(2), lambda x: np.clip(1 - np.abs(x), 0, None)),
+    3: (range(-REACH, REACH + 2), _cardinal),
+}
+"""Per order, which samples count (0 is the last before the place) and the weight of one at a distance."""
+
+
+def _mirrored(index: Integer[np.ndarray, "row tap"], size: int) -> Integer[np.ndarray, "row tap"]:
     """Indices beyond an end come back in, the edge itself counted once (scipy's 'mirror')."""
     if size == 1:
         return np.zeros_like(index)
     index = np.abs(index) % (2 * (size - 1))
     return np.where(index < size, index, 2 * (size - 1) - index)
+
+
+def _is_packed(voxels: Shaped[np.ndarray, "i j k"], fast: int) -> bool:
+    """Whether matmul can read it where it lies."""
+    return voxels.dtype == np.float32 and min(voxels.strides) > 0 and voxels.strides[fast] == voxels.itemsize
+
+
+def _packed(voxels: Shaped[np.ndarray, "i j k"], axes: Sequence[int]) -> Float32[np.ndarray, "i j k"]:
+    """The voxels where they lie, or a copy that matmul can read."""
+    if _is_packed(voxels, axes[2]):
+        return voxels
+    copy = _empty(voxels.shape, axes)
+    copy[...] = voxels
+    return copy
+
+
+def _empty(shape: Sequence[int], axes: Sequence[int]) -> Float32[np.ndarray, "i j k"]:
+    """Room in memory with the axes in that order, the last the fastest."""
+    return np.empty([shape[axis] for axis in axes], np.float32).transpose(np.argsort(axes))
+
+
+# labels: the eight old voxels around each new one
+
+TIE = 1e-6
+"""Shares that differ by less are equal, whatever the rounding."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Neighbours:
+    """Along one axis, the two old voxels that each new one lies between, and the share of the second."""
+
+    first: Integer[np.ndarray, " new"]
+    second: Integer[np.ndarray, " new"]
+    share: Float[np.ndarray, " new"]
+
+    @property
+    def shares(self) -> Float[np.ndarray, "2 new"]:
+        return np.stack([1 - self.share, self.share])
+
+
+def _neighbours(before: int, after: int, nearest: bool) -> _Neighbours:
+    places = _places(before, after)
+    first = _nearest(places) if nearest else np.floor(places + TIE / 8).astype(int)
+    share = np.zeros(after) if nearest else np.clip(places - first, 0, None)
+    share[share < TIE / 8] = 0  # on an old centre, that voxel alone is seen
+    return _Neighbours(first, first + (share > 0), share)
+
+
+def _decide(
+    source: Integer[np.ndarray, "p q r"],
+    target: Integer[np.ndarray, "a b c"],
+    neighbours: Sequence[_Neighbours],
+    some: slice,
+) -> Runs:
+    """Some planes of the result. A cell is what lies between eight old voxels; most have one label at every corner."""
+    p, q, r = neighbours
+    decided = np.empty((some.stop - some.start, len(q.first), len(r.first)), target.dtype)
+    planes, low, is_even = (-1, -1), source[0], np.zeros((0, 0), bool)
+    for row, goal in enumerate(decided, some.start):
+        if planes != (planes := (int(p.first[row]), int(p.second[row]))):
+            low, high = (source[plane] for plane in planes)
+            is_even = _even_cells(low, high, across=bool(q.share.any()), along=bool(r.share.any()))
+        low.take(q.first, axis=0).take(r.first, axis=1, out=goal, mode="clip")
+        b, c = np.nonzero(~is_even.take(q.first, axis=0).take(r.first, axis=1))
+        beside = (q.first[b], q.second[b]), (r.first[c], r.second[c])
+        corners = np.stack([source[one][two, three] for one, two, three in product(planes, *beside)])
+        weights = p.shares[:, row, None, None, None] * q.shares[None, :, None, b] * r.shares[None, None, :, c]
+        goal[b, c] = _strongest(corners, weights.reshape(8, -1))
+    for row in range(len(q.first)):  # where axes are turned, a few short rows at a time is what caches bear
+        target[some, row] = decided[:, row]
+    return runs_of(decided)
+
+
+def _even_cells(
+    low: Integer[np.ndarray, "q r"], high: Integer[np.ndarray, "q r"], *, across: bool, along: bool
+) -> Bool[np.ndarray, "q r"]:
+    """Whether the cells between two planes have one label at every corner; a cell is named by its first corner.
+
+    A cell reaches `across` to the next row and `along` to the next voxel only where something is interpolated there.
+    """
+    even = low == high
+    if across:
+        even[:-1] &= (low[:-1] == low[1:]) & even[1:]
+    if along:
+        even[:, :-1] &= (low[:, :-1] == low[:, 1:]) & even[:, 1:]
+    return even
+
+
+def _strongest(corners: Integer[np.ndarray, "8 n"], weights: Float[np.ndarray, "8 n"]) -> Integer[np.ndarray, " n"]:
+    """The label with the greatest sum of weights; of equals the lowest."""
+    lowest, highest = corners.min(axis=0), corners.max(axis=0)
+    is_highest = corners == highest
+    winner = np.where((weights * is_highest).sum(axis=0) > 0.5 + TIE / 2, highest, lowest)
+    several = np.flatnonzero((~is_highest & (corners != lowest)).any(axis=0))
+    corners, weights = corners[:, several], weights[:, several]
+    sums = np.stack([(weights * (corners == corner)).sum(axis=0) for corner in corners])
+    winner[several] = np.where(sums >= sums.max(axis=0) - TIE, corners, highest[several]).min(axis=0)
+    return winner
+
+
+def _restore(
+    target: Integer[np.ndarray, "a b c"], old: Runs, new: Runs, neighbours: Sequence[_Neighbours], axes: Sequence[int]
+) -> None:
+    """Gives each object of which nothing is left one voxel, the nearest to its centre that is free.
+
+    Something is left of an object where a new voxel of its label sees one of its voxels. Free is the background, and a
+    voxel that has another of its own label beside it: no label loses its last voxel. Larger objects choose first, and
+    none is put farther than about three voxels away unless nothing else is left of its label.
+    """
+    objects = objects_of(old)
+    lost = np.flatnonzero(~_is_left(old, objects, new, neighbours)[objects])
+    _, one, number = np.unique(objects[lost], return_index=True, return_inverse=True)
+    lengths = old.stop[lost] - old.start[lost]
+    sizes = np.bincount(number, lengths)
+    middles = old.plane[lost], old.row[lost], old.start[lost] + (lengths - 1) / 2
+    centres = np.stack([np.bincount(number, middle * lengths) for middle in middles], axis=1) / sizes[:, None]
+    places = ((centres + 0.5) / old.shape)[:, np.argsort(axes)] * target.shape - 0.5
+    given = np.zeros(target.shape if len(lost) else (0, 0, 0), bool)
+    for which in np.lexsort((*places.T, -sizes)):  # whatever the order in memory
+        label = old.label[lost[one[which]]]
+        voxel = _nearest_free(target, places[which], given, (0, 1, 3))
+        if voxel is None and not (target == label).any():
+            voxel = _nearest_free(target, places[which], given, (sum(target.shape),))
+        if voxel is not None:
+            target[voxel] = label
+            given[voxel] = True
+
+
+def _is_left(
+    old: Runs, objects: Integer[np.ndarray, " run"], new: Runs, neighbours: Sequence[_Neighbours]
+) -> Bool[np.ndarray, " object"]:
+    """Of which objects something is left: in the rows that see a run, a new run of its label is looked for."""
+    left = np.zeros(objects.max(initial=-1) + 1, bool)
+    _, number = np.unique(np.concatenate([old.label, new.label]), return_inverse=True)
+    base = _rows_apart(number[len(old.label) :], new.plane, new.row, new.shape)
+    order = np.argsort(base + new.start)
+    starts, stops = (base + new.start)[order], (base + new.stop)[order]
+    number = number[: len(old.label)]
+    plane, last_plane = _seen_from(neighbours[0], old.plane, old.plane)
+    row, last_row = _seen_from(neighbours[1], old.row, old.row)
+    first, last = _seen_from(neighbours[2], old.start, old.stop - 1)
+    rows = (range(np.max(end - begin, initial=-1) + 1) for begin, end in ((plane, last_plane), (row, last_row)))
+    for planes_on, rows_on in product(*rows):
+        reached = (plane + planes_on <= last_plane) & (row + rows_on <= last_row) & (first <= last)
+        some = np.flatnonzero(reached & ~left[objects])
+        base = _rows_apart(number[some], plane[some] + planes_on, row[some] + rows_on, new.shape)
+        at = np.searchsorted(starts, base + last[some], side="right") - 1
+        found = (at >= 0) & (stops[at] > base + first[some]) if len(stops) else np.zeros(len(some), bool)
+        left[objects[some[found]]] = True
+    return left
+
+
+def _seen_from(
+    neighbours: _Neighbours, begin: Integer[np.ndarray, " run"], end: Integer[np.ndarray, " run"]
+) -> tuple[Integer[np.ndarray, " run"], Integer[np.ndarray, " run"]]:
+    """The first and the last new voxel that see something from begin to end; none where the last comes first."""
+    return np.searchsorted(neighbours.second, begin), np.searchsorted(neighbours.first, end, side="right") - 1
+
+
+def _rows_apart(
+    label: Integer[np.ndarray, " run"],
+    plane: Integer[np.ndarray, " run"],
+    row: Integer[np.ndarray, " run"],
+    shape: tuple[int, int, int],
+) -> Integer[np.ndarray, " run"]:
+    """Where a row begins when the maps of all labels lie one behind the other."""
+    return ((label * shape[0] + plane) * shape[1] + row) * shape[2]
+
+
+def _nearest_free(
+    labels: Integer[np.ndarray, "a b c"],
+    place: Float[np.ndarray, " 3"],
+    given: Bool[np.ndarray, "a b c"],
+    reaches: Sequence[int],
+) -> tuple[int, ...] | None:
+    """The nearest voxel that may be taken, sought in wider and wider boxes; None where there is none."""
+    middle = np.clip(np.floor(place + 0.5), 0, np.array(labels.shape) - 1).astype(int)
+    for reach in reaches:
+        low, high = np.maximum(middle - reach, 0), np.minimum(middle + reach + 1, labels.shape)
+        box = tuple(slice(begin, end) for begin, end in zip(low.tolist(), high.tolist(), strict=True))
+        found = np.argwhere(_is_free(labels, box) & ~given[box]) + low
+        if len(found):
+            away = np.linalg.norm(found - place, axis=1)
+            nearest = int(np.argmin(away))
+            if reach == 0 or away[nearest] <= reach + 0.5:  # outside the box nothing is nearer
+                return tuple(found[nearest].tolist())
+    return None
+
+
+def _is_free(labels: Integer[np.ndarray, "a b c"], box: tuple[slice, ...]) -> Bool[np.ndarray, "i j k"]:
+    """Where a box is background, or has the same label once more among the voxels around."""
+    wider = labels[tuple(slice(max(side.start - 1, 0), side.stop + 1) for side in box)]
+    edges = [(int(side.start == 0), int(side.stop == size)) for side, size in zip(box, labels.shape, strict=True)]
+    around = sliding_window_view(np.pad(wider, edges), (3, 3, 3))
+    inside = labels[box]
+    return (inside == 0) | ((around == inside[..., None, None, None]).sum(axis=(3, 4, 5)) > 1)
+
+
+# both
+
+
+def _places(before: int, after: int) -> Float[np.ndarray, " new"]:
+    """Where new voxel centres lie among the old ones; beyond the outermost, on the outermost."""
+    return np.clip((np.arange(after) + 0.5) * before / after - 0.5, 0, before - 1)
+
+
+def _nearest(places: Float[np.ndarray, " new"]) -> Integer[np.ndarray, " new"]:
+    """The nearest old voxel, the later of two as in scipy, whatever the rounding."""
+    return np.floor(places + 0.5 + TIE).astype(int)
+
+
+def _slowest_first(voxels: Shaped[np.ndarray, "i j k"]) -> list[int]:
+    """The axes as they lie in memory; what is no axis there, having one voxel, first."""
+    return sorted(range(3), key=lambda axis: (voxels.shape[axis] > 1, -abs(voxels.strides[axis])))
+
+
+def _at(axis: int, some: slice) -> tuple[slice, ...]:
+    return tuple(some if other == axis else slice(None) for other in range(3))
+
+
+def _cut(size: int, width: int) -> list[slice]:
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def _at_once(work: Callable[[Any], Any], tasks: Iterable[Any]) -> list[Any]:
+    """Each task on the next free thread: numpy lets other threads run."""
+    tasks = list(tasks)
+    threads = min(_threads(), len(tasks))
+    if threads <= 1:
+        return [work(task) for task in tasks]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, tasks))
+
+
+def _threads() -> int:
+    """What torch has been told, where it is loaded (in a process that loads batches: one), else OMP_NUM_THREADS or
+    the cores this process may use."""
+    if "torch" in sys.modules:
+        from torch import get_num_threads  # loads nothing, and waits where another thread is still loading it
+
+        return get_num_threads()
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(told) if told.isdigit() and int(told) else cores

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .patches import cut
+from .records import BadRecord
 from .resampling import resample, resample_labels, resized
 from .volume import Geometry, ScanError, Volume
 
@@ -99,10 +100,19 @@ class Resample:
 
     spacing_mm: tuple[float, float, float]
     """The size of a voxel along the scan's axes in the order the step meets them."""
+    separate: int | None = None
+    """An axis, in that order, along which a new voxel takes the nearest slice and nothing is interpolated: thick slices."""
+
+    def __post_init__(self) -> None:
+        if self.separate not in (None, 0, 1, 2):
+            raise BadRecord(
+                f"separate {self.separate} was met; an axis, 0, 1 or 2, or null is needed. Correct the plan."
+            )
 
     def apply(self, volume: Volume) -> Volume:
         after = resized(volume.geometry, self.shape_of(volume.geometry))
-        return volume.with_voxels(resample(volume.voxels, after.shape, order=3), geometry=after)
+        voxels = resample(volume.voxels, after.shape, order=3, separate=self.separate)
+        return volume.with_voxels(voxels, geometry=after)
 
     def shape_of(self, geometry: Geometry) -> tuple[int, int, int]:
         """How many voxels of this size the grid's extent holds, rounded, never none."""
@@ -111,11 +121,13 @@ class Resample:
         return int(i), int(j), int(k)
 
     def follow(self, labels: Volume, after: Geometry) -> Volume:
-        return labels.with_voxels(resample_labels(labels.voxels, after.shape), geometry=after)
+        voxels = resample_labels(labels.voxels, after.shape, separate=self.separate)
+        return labels.with_voxels(voxels, geometry=after)
 
     def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
         # linear: probabilities stay between 0 and 1 and still sum to 1
-        return volume.with_voxels(resample(volume.voxels, before.shape, order=1), geometry=before)
+        voxels = resample(volume.voxels, before.shape, order=1, separate=self.separate)
+        return volume.with_voxels(voxels, geometry=before)
 
 
 @dataclass(frozen=True, kw_only=True)

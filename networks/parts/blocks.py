@@ -16,10 +16,12 @@ SLOPE = 0.01  # nnU-Net v2: LeakyReLU(0.01) everywhere
 class ResidualBlock(nn.Module):
     """Two convolutions beside a shortcut; the first may stride, and the shortcut follows by averaging."""
 
-    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = False
+    ) -> None:
         super().__init__()
-        self.first = convolution(inputs, outputs, kernel, stride)
-        self.second = nn.Sequential(_padded(outputs, outputs, kernel), InstanceNorm(outputs))
+        self.first = convolution(inputs, outputs, kernel, stride, bias)
+        self.second = nn.Sequential(_padded(outputs, outputs, kernel, bias=bias), InstanceNorm(outputs))
         self.shortcut = nn.Sequential()
         if math.prod(stride) > 1:
             self.shortcut.append(nn.AvgPool3d(stride, stride))
@@ -30,16 +32,18 @@ class ResidualBlock(nn.Module):
         return functional.leaky_relu_(self.second(self.first(x)) + self.shortcut(x), SLOPE)
 
 
-def convolution(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> nn.Sequential:
-    """Convolution, instance norm, leaky ReLU. No bias: the norm would take it away again."""
+def convolution(
+    inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = False
+) -> nn.Sequential:
+    """Convolution, instance norm, leaky ReLU. A bias is of no use: the norm takes it away again."""
     return nn.Sequential(
-        _padded(inputs, outputs, kernel, stride), InstanceNorm(outputs), nn.LeakyReLU(SLOPE, inplace=True)
+        _padded(inputs, outputs, kernel, stride, bias), InstanceNorm(outputs), nn.LeakyReLU(SLOPE, inplace=True)
     )
 
 
-def _padded(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1)) -> nn.Conv3d:
+def _padded(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = False) -> nn.Conv3d:
     d, h, w = kernel
-    return nn.Conv3d(inputs, outputs, kernel, stride, (d // 2, h // 2, w // 2), bias=False)
+    return nn.Conv3d(inputs, outputs, kernel, stride, (d // 2, h // 2, w // 2), bias=bias)
 
 
 class InstanceNorm(nn.Module):
@@ -106,7 +110,9 @@ def initialise(network: nn.Module) -> nn.Module:
     return network.to(memory_format=torch.channels_last_3d)
 
 
-def topology(patch: Triple, spacing: tuple[float, float, float]) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+def topology(
+    patch: tuple[float, float, float], spacing: tuple[float, float, float]
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
     """Stride and kernel of each stage, finest first, by nnU-Net v2's rule: halve the finest axes until they are short.
 
     An axis much coarser than the others waits, unhalved and with kernel 1, until the others have become as coarse.
@@ -116,10 +122,12 @@ def topology(patch: Triple, spacing: tuple[float, float, float]) -> tuple[tuple[
     kernels: list[Triple] = []
     while True:
         long = [axis for axis in range(3) if size[axis] >= 8]  # 4 voxels must be left: UNet_featuremap_min_edge_length
-        halved = [axis for axis in long if step[axis] < 2 * min(step[other] for other in long)]
+        finest = min((step[axis] for axis in long), default=1.0)
+        halved = [axis for axis in long if step[axis] / finest < 2]
         if not halved or (len(halved) == 1 and size[halved[0]] < 12):
             break
-        kernel = [3 if k == 3 or s < 2 * min(step) else 1 for k, s in zip(kernel, step, strict=True)]
+        finest = min(step)
+        kernel = [3 if k == 3 or s / finest < 2 else 1 for k, s in zip(kernel, step, strict=True)]
         kernels.append(_triple(kernel))
         strides.append(_triple([2 if axis in halved else 1 for axis in range(3)]))
         for axis in halved:

@@ -49,6 +49,13 @@ def write(result: Result, folder: Path, config: Config) -> list[Path]:
     return [path]
 
 
+def calibrated(result: Result) -> str:
+    """How far a confidence can be believed."""
+    if result.temperatures:
+        return "calibrated on held-out cases of the package's own dataset, and on no other"
+    return "as the network gave it; not calibrated"
+
+
 def measure(result: Result) -> tuple[Measurement, ...]:
     """Every label of the package, in its order, found or not."""
     voxels = result.labels.voxels[0]
@@ -130,7 +137,7 @@ def _document(result: Result, measured: tuple[Measurement, ...]) -> dict[str, An
             "components": "parts whose voxels share a face, an edge or a corner",
             "bounding_box_mm": "lowest and highest x, y, z (RAS+) of the outer faces of its voxels",
             "centroid_mm": "mean of its voxel centres, RAS+",
-            "mean_confidence": "mean winning probability inside the label as the network gave it; not calibrated",
+            "mean_confidence": f"mean winning probability inside the label; {calibrated(result)}",
             "null": "nothing was found, or the network did not say",
         },
         "grid": grid(result.scan.geometry),

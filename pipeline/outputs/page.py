@@ -4,7 +4,7 @@ import base64
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..report import Result, hilum_version, millilitres, write_whole
+from ..report import Result, hilum_version, millilitres, told, write_whole
 from . import measurements, overlay
 from ._html import document, listed, pairs, swatch, text
 
@@ -38,7 +38,7 @@ def _body(result: Result, config: Config) -> str:
             _measurements(result),
             f'<div class="two"><section>{_scan(result)}</section><section>{_origin(result)}</section></div>',
             f"<footer>hilum {text(hilum_version())} · for research, not for diagnosis. Volumes are voxels counted; "
-            "confidence is the network's own and is not calibrated.</footer>",
+            f"confidence is the mean probability inside a label, {measurements.calibrated(result)}.</footer>",
         ]
     )
 
@@ -102,6 +102,11 @@ def _origin(result: Result) -> str:
         ("package id", f'<span class="mono">{text(result.package_id)}</span>'),
         ("hilum", text(hilum_version())),
     ]
+    if result.temperatures:
+        numbers = ", ".join(f"{temperature:.3g} (fold {fold})" for fold, temperature in result.temperatures.items())
+        rows.append(("temperature", text(numbers)))
+    if result.postprocessing:
+        rows.append(("post-processing", _sentences(tuple(map(told, result.postprocessing)))))
     rows += [(hop, f"{seconds:.2f} s") for hop, seconds in result.seconds.items()]
     if result.seconds:
         rows.append(("in all", f"{sum(result.seconds.values()):.2f} s"))

@@ -20,7 +20,7 @@ from .placing import Placing, place, resample
 from .volumes import Part, is_localizer, places, same_direction, volumes_in
 from .writing import write_series
 
-__all__ = ["DAMAGED", "LPS_TO_RAS", "Series", "is_dicom", "read", "series_in", "write_series"]
+__all__ = ["DAMAGED", "LPS_TO_RAS", "Series", "is_dicom", "patient_of", "read", "series_in", "write_series"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +82,18 @@ def series_in(paths: Sequence[Path]) -> tuple[list[Series], dict[Path, str]]:
             parts = volumes_in(with_missing_parts(frames))
             series += [_series(part, key, descriptions.get(key, ""), len(parts)) for part in parts]
     return sorted(series, key=lambda one: one.paths[0]), left_alone
+
+
+def patient_of(path: Path) -> str:
+    """A word for the patient of a DICOM file, or of a folder of them: the same for each of their scans, made of PatientID
+    without telling it. Empty where no file says it."""
+    inside = sorted(one for one in path.iterdir() if not one.name.startswith(".")) if path.is_dir() else [path]
+    for one in inside:
+        header = read_header(one, ("PatientID",))
+        if not isinstance(header, str):  # the slices of a series are of one patient
+            said = _said(header, "PatientID")
+            return sha256(said.encode()).hexdigest()[:16] if said else ""
+    return ""
 
 
 def _said(header: Header, tag: str) -> str:

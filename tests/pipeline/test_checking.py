@@ -228,6 +228,23 @@ def test_a_repaired_case_of_a_dataset_is_named_and_fine_ones_are_counted(
     assert "fine      case_0" in capsys.readouterr().out
 
 
+def test_what_is_unusual_about_a_dataset_is_said_in_a_line_each(
+    dataset: Callable[..., Path], capsys: Said, tmp_path: Path
+) -> None:
+    root = dataset(tmp_path / "data")
+    record = {
+        "channel_names": {"0": "MR"},
+        "labels": {"background": 0, "liver": 1},
+        "annotated": {"case_2": ["liver"]},
+        "patients": {"case_0": "Doe", "case_1": "Doe"},
+    }
+    (root / "dataset.json").write_text(json.dumps(record))
+    assert main(["check", str(root), "--json", str(tmp_path / "found.json")]) == 0
+    told = capsys.readouterr().err
+    assert "3 cases are of 2 patients" in told and "in 1 of 3 cases only some labels were looked for" in told
+    assert len(json.loads((tmp_path / "found.json").read_text())["notes"]) == 2 and "Doe" not in told
+
+
 def test_plan_tells_how_many_cases_were_repaired(
     dataset: Callable[..., Path], capsys: Said, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:

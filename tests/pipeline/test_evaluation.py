@@ -1,25 +1,27 @@
-"""Scores are what geometry says and what MONAI computes; no case is lost on the way to the mean."""
+"""No case is lost on the way from files to the mean, the CSV and the page; regions, ignored and unlooked-for voxels count as said."""
 
+import base64
+import io
 import json
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from monai.metrics import compute_dice, compute_hausdorff_distance, compute_surface_dice
+from PIL import Image
 
 from pipeline.errors import UsageError
-from pipeline.evaluation import NothingToEvaluate, agreement, evaluate, surface_distances
-from preprocessing import files
+from pipeline.evaluation import NothingToEvaluate, evaluate, table
+from pipeline.outputs import dicom_seg, rtstruct
+from pipeline.references import Key, read_image
+from pipeline.report import Result
+from pipeline.scorecard import worst
+from preprocessing import dicom, files
+from preprocessing.declared import label_table
 from preprocessing.volume import Geometry, Volume
 
 SPACING = (0.8, 1.1, 2.5)
-
-
-def sphere(radius_mm: float, centre_mm: tuple[float, float, float], shape: tuple[int, int, int]) -> np.ndarray:
-    points = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1) * SPACING
-    return np.linalg.norm(points - centre_mm, axis=-1) <= radius_mm
 
 
 def save(voxels: np.ndarray, path: Path, affine: np.ndarray | None = None) -> None:
@@ -35,68 +37,6 @@ def block(first: int, last: int, value: int = 1) -> np.ndarray:
     voxels = np.zeros((20, 16, 10), np.uint8)
     voxels[first:last, 4:12, 2:8] = value
     return voxels
-
-
-@pytest.mark.filterwarnings("ignore:.*always_return_as_numpy:FutureWarning")  # MONAI 1.6 calls itself the old way
-@pytest.mark.parametrize("seed", range(6))
-def test_scores_agree_with_monai(seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    shape = (40, 32, 14)
-    middle = np.array(shape) * SPACING / 2
-    one = sphere(rng.uniform(4, 11), tuple(middle + rng.uniform(-3, 3, 3)), shape)
-    two = sphere(rng.uniform(4, 11), tuple(middle + rng.uniform(-3, 3, 3)), shape) | (rng.random(shape) < 0.002)
-    tolerance = float(rng.uniform(0.5, 3))
-    dice, nsd, hd95 = agreement(one, two, SPACING, tolerance)
-
-    def tensor(mask: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(mask[None, None].astype(np.float32))
-
-    assert dice == pytest.approx(compute_dice(tensor(one), tensor(two)).item(), abs=1e-6)
-    theirs = compute_hausdorff_distance(
-        tensor(one), tensor(two), include_background=True, percentile=95, spacing=SPACING
-    )
-    assert hd95 == pytest.approx(theirs.item(), abs=1e-4)
-    theirs = compute_surface_dice(tensor(one), tensor(two), [tolerance], include_background=True, spacing=SPACING)
-    assert nsd == pytest.approx(theirs.item(), abs=1e-6)
-
-
-def test_a_shifted_box_scores_as_arithmetic_says() -> None:
-    """10 of 12 planes overlap; every distance is a whole number of steps along i."""
-    dice, nsd, hd95 = agreement(block(2, 14) > 0, block(4, 16) > 0, SPACING, 1.5)
-    assert dice == pytest.approx(10 / 12)
-    assert hd95 == pytest.approx(2 * SPACING[0])
-    outside, side = 8 * 6, 2 * (8 + 6) - 4  # voxels of an end face; of the rim of a plane between
-    surface = 2 * outside + 10 * side
-    far = outside + side  # the leading face is 1.6 mm off, but for its rim; the plane behind it is near
-    assert nsd is not None and nsd < 1
-    to_other, _ = surface_distances(block(2, 14) > 0, block(4, 16) > 0, SPACING)
-    assert len(to_other) == surface and (to_other > 1.5).sum() <= far
-    assert nsd == pytest.approx(1 - (to_other > 1.5).sum() / surface)
-
-
-def test_concentric_spheres_are_apart_by_the_difference_of_their_radii() -> None:
-    shape = (60, 44, 20)
-    centre = (24.0, 24.2, 25.0)
-    one, two = sphere(14, centre, shape), sphere(19, centre, shape)
-    dice, nsd, hd95 = agreement(one, two, SPACING, 1.0)
-    assert dice == pytest.approx(2 * 14**3 / (14**3 + 19**3), rel=0.02)
-    assert hd95 == pytest.approx(5, abs=1.5)
-    assert nsd == 0
-    assert agreement(one, two, SPACING, 9.0)[1] == 1
-
-
-def test_identical_labels_are_perfect_and_an_empty_label_has_no_surface() -> None:
-    full, empty = block(4, 9) > 0, np.zeros((20, 16, 10), bool)
-    assert agreement(full, full, SPACING, 0.0) == (1.0, 1.0, 0.0)
-    assert agreement(empty, empty, SPACING, 1.0) == (None, None, None)
-    assert agreement(full, empty, SPACING, 1.0) == agreement(empty, full, SPACING, 1.0) == (0.0, 0.0, None)
-
-
-def test_where_a_label_lies_in_the_image_does_not_change_its_score() -> None:
-    """Distances are taken in the box around both: the same as in the whole image, at its border too."""
-    one, two = block(0, 9) > 0, block(3, 20) > 0
-    inside = agreement(np.pad(one, 7), np.pad(two, 7), SPACING, 1.0)
-    assert agreement(one, two, SPACING, 1.0) == inside
 
 
 def test_what_segment_wrote_is_compared_with_an_msd_dataset(tmp_path: Path) -> None:
@@ -118,7 +58,9 @@ def test_what_segment_wrote_is_compared_with_an_msd_dataset(tmp_path: Path) -> N
     said = json.loads((tmp_path / "new" / "scores.json").read_text(encoding="utf-8"))
     assert said["cases"]["b"]["liver"]["dice"] == pytest.approx(0.8)
     assert said["cases"]["a"]["liver"]["volume_ml"] == pytest.approx(10 * 8 * 6 * np.prod(SPACING) / 1000)
-    assert said["summary"]["liver"]["hd95_mm"] == pytest.approx((0 + 1.6 + 3.2) / 3)
+    assert said["summary"]["liver"]["hd95_mm"]["mean"] == pytest.approx((0 + 1.6 + 3.2) / 3)
+    assert said["summary"]["liver"]["hd95_mm"]["median"] == pytest.approx(1.6)
+    assert said["summary"]["liver"]["dice"]["interval"] is None  # of three cases
     assert "not counted" in said["conventions"]["empty in both"] and said["tolerance_mm"] == 1.0
 
 
@@ -140,12 +82,152 @@ def test_names_come_from_the_package_when_the_references_have_none(tmp_path: Pat
     assert [(each.label, each.dice, each.missed) for each in found.summary] == [("liver", 1.0, 0), ("7", 0.0, 1)]
 
 
-def test_nnunet_names_are_understood(tmp_path: Path) -> None:
-    save(block(2, 12, 2), tmp_path / "p" / "x.nii.gz")
-    save(block(2, 12, 2), tmp_path / "d" / "labelsTr" / "x.nii.gz")
-    labels = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
-    (tmp_path / "d" / "dataset.json").write_text(json.dumps({"labels": labels}))
-    assert [each.label for each in evaluate(tmp_path / "p", tmp_path / "d").summary] == ["core"]
+def describe(folder: Path, **said: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "mr"}, **said}))
+
+
+def test_nnunet_names_are_understood_and_regions_are_measured_whole(tmp_path: Path) -> None:
+    """What is painted with 2 is core, and whole too."""
+    save(block(2, 12, 1) + block(12, 14, 2), tmp_path / "p" / "x.nii.gz")
+    save(block(2, 10, 1) + block(10, 14, 2), tmp_path / "d" / "labelsTr" / "x.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[1, 2])
+    found = evaluate(tmp_path / "p", tmp_path / "d")
+    assert [(each.label, each.dice) for each in found.summary] == [("whole", 1.0), ("core", pytest.approx(4 / 6))]
+
+
+def test_a_region_painted_with_a_number_of_its_own_is_known_by_it(tmp_path: Path) -> None:
+    save(block(2, 12, 10) + block(12, 14, 20), tmp_path / "p" / "x.nii.gz")
+    save(block(2, 12, 1) + block(12, 14, 2), tmp_path / "d" / "labelsTr" / "x.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[10, 20])
+    assert {each.label: each.dice for each in evaluate(tmp_path / "p", tmp_path / "d").summary} == {
+        "whole": 1,
+        "core": 1,
+    }
+
+
+def test_what_nobody_knows_is_neither_right_nor_wrong(tmp_path: Path) -> None:
+    save(block(2, 16), tmp_path / "p" / "x.nii.gz")
+    save(block(2, 12) + block(12, 18, 2), tmp_path / "d" / "labelsTr" / "x.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1, "ignore": 2})
+    (liver,) = evaluate(tmp_path / "p", tmp_path / "d").scores
+    assert liver.dice == 1 and liver.volume_error_ml == 0 and liver.hd_mm == 0
+
+
+def test_a_case_is_measured_by_the_labels_that_were_looked_for_in_it(tmp_path: Path) -> None:
+    for case in ("a", "b"):
+        save(block(2, 8) + block(8, 12, 2), tmp_path / "p" / f"{case}.nii.gz")
+    save(block(2, 8), tmp_path / "d" / "labelsTr" / "a.nii.gz")
+    save(block(2, 8) + block(8, 12, 2), tmp_path / "d" / "labelsTr" / "b.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1, "lesion": 2}, annotated={"a": ["liver"]})
+    found = evaluate(tmp_path / "p", tmp_path / "d")
+    assert [(score.case_id, score.label) for score in found.scores] == [("a", "liver"), ("b", "liver"), ("b", "lesion")]
+    assert found.mean_dice == 1 and found.summary[1].invented == 0 and found.partly_annotated == ("a",)
+
+
+def test_volumes_lesions_and_distances_stand_beside_dice(tmp_path: Path) -> None:
+    save(block(2, 12), tmp_path / "p" / "x.nii.gz")
+    save(block(4, 12), tmp_path / "r" / "x.nii.gz")
+    (score,) = evaluate(tmp_path / "p", tmp_path / "r").scores
+    voxel = float(np.prod(SPACING)) / 1000
+    assert score.volume_error_ml == pytest.approx(2 * 48 * voxel) and score.volume_error_percent == pytest.approx(25)
+    assert (score.lesion_f1, score.lesions, score.lesions_found) == (1, 1, 1)
+    assert score.iou == pytest.approx(8 / 10) and score.hd_mm == pytest.approx(1.6) and 0 < score.assd_mm < 1.6
+
+
+def test_a_page_and_a_csv_lie_beside_the_json(tmp_path: Path) -> None:
+    for number in range(6):
+        save(block(2, 12 + number), tmp_path / "p" / f"case<{number}>.nii.gz")
+        save(block(2, 12), tmp_path / "r" / f"case<{number}>.nii.gz")
+    found = evaluate(tmp_path / "p", tmp_path / "r", tmp_path / "s.json", labels={1: "=liver"})
+    lines = (tmp_path / "s.csv").read_text().splitlines()
+    assert lines[0].startswith("case,label,dice,iou,nsd,hd95_mm") and len(lines) == 7 and ",'=liver," in lines[1]
+    page = (tmp_path / "s.html").read_text()
+    assert "case&lt;5&gt;" in page and "case<5>" not in page and "default-src 'none'" in page
+    assert page.count("data:image/png;base64,") == 6 and "<svg" in page and "http" not in page.replace("http-equiv", "")
+    (summary,) = found.summary
+    low, high = summary.of["dice"].interval
+    assert low < summary.dice < high and f"{summary.dice:.3f}" in table(found)
+    assert json.loads((tmp_path / "s.json").read_text())["surface"] == "voxels"
+
+
+def test_the_worst_cases_come_first_and_show_their_scan(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        save(block(2 + number % 5, 12), tmp_path / "p" / f"c{number}.nii.gz")
+        save(block(2, 12), tmp_path / "d" / "labelsTr" / f"c{number}.nii.gz")
+        save(rng.normal(size=(20, 16, 10)).astype(np.float32), tmp_path / "d" / "imagesTr" / f"c{number}_0000.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1})
+    found = evaluate(tmp_path / "p", tmp_path / "d", tmp_path / "s.json")
+    assert [case for case, _ in worst(found.scores)] == ["c4", "c3", "c2", "c7", "c1", "c6"]
+    pictures = re.findall(r"base64,([^\"]+)", (tmp_path / "s.html").read_text())
+    sheet = np.array(Image.open(io.BytesIO(base64.b64decode(pictures[0]))))
+    greys = sheet[(sheet.max(axis=2) == sheet.min(axis=2))]
+    assert len(np.unique(greys)) > 50  # the scan is behind the labels
+    assert (sheet == (230, 159, 0)).all(axis=2).any()  # the line of the prediction
+
+
+def test_the_scan_is_found_where_segment_says_it_lay(tmp_path: Path) -> None:
+    grey = np.random.default_rng(0).normal(size=(20, 16, 10)).astype(np.float32)
+    save(grey, tmp_path / "scans" / "x.nii.gz")
+    save(block(2, 12), tmp_path / "p" / "x" / "labels.nii.gz")
+    prediction = tmp_path / "p" / "x" / "labels.nii.gz"
+    assert read_image("x", prediction, Key()) is None
+    (prediction.parent / "report.json").write_text(json.dumps({"sources": [str(tmp_path / "scans" / "x.nii.gz")]}))
+    found = read_image("x", prediction, Key())
+    assert found is not None and np.array_equal(found.voxels[0], grey)
+    (tmp_path / "scans" / "x.nii.gz").write_bytes(b"torn")
+    assert read_image("x", prediction, Key()) is None
+
+
+def test_two_predictions_are_told_apart_case_by_case(tmp_path: Path) -> None:
+    for number in range(9):
+        save(block(2, 12), tmp_path / "r" / f"c{number}.nii.gz")
+        save(block(2, 12 + (number == 0)), tmp_path / "good" / f"c{number}.nii.gz")
+        save(block(4 + number % 3, 12), tmp_path / "bad" / f"c{number}_0000.nii.gz")
+    found = evaluate(
+        tmp_path / "good", tmp_path / "r", tmp_path / "s.json", against=tmp_path / "bad", labels={1: "liver"}
+    )
+    one = found.against["dice"]["liver"]
+    assert (one.cases, one.higher, one.lower) == (9, 9, 0) and one.p == pytest.approx(2 / 2**9)
+    low, high = one.interval
+    assert low < one.mean < high and found.against["lesion_f1"]["liver"].said == "no case differs"
+    said = json.loads((tmp_path / "s.json").read_text())["against"]
+    assert said["dice"]["liver"]["said"] == "p = 0.004" and said["mean_dice"] < found.mean_dice
+    assert "Difference to the other prediction" in (tmp_path / "s.html").read_text() and "p = 0.004" in table(found)
+
+
+@pytest.mark.parametrize("drawn", ["references", "predictions", "both"])
+def test_dicom_segmentations_and_contours_are_put_on_the_others_grid(drawn: str, tmp_path: Path) -> None:
+    scan = series(tmp_path / "d" / "imagesTr" / "x")
+    found = np.zeros((1, *scan.geometry.shape), np.uint8)
+    found[0, 2:7, 3:8, 2:6], found[0, 8:10, 3:8, 2:6] = 1, 2
+    result = Result(
+        case_id="x", scan=scan, labels=Volume(voxels=found, geometry=scan.geometry, channels=("labels",)),
+        label_table=label_table({"liver": 1, "lesion": 2}), package_id="0" * 64, package_name="none",
+    )  # fmt: skip
+    sides = {"predictions": tmp_path / "p" / "x", "references": tmp_path / "d" / "labelsTr" / "x"}
+    for side, folder in sides.items():
+        folder.mkdir(parents=True)
+        if drawn in (side, "both"):
+            kind = dicom_seg if side == "references" else rtstruct
+            kind.write(result, folder, kind.Config())
+        else:
+            save(found[0], folder / "labels.nii.gz", scan.geometry.affine)
+    describe(tmp_path / "d", labels={"background": 0, "lesion": 2, "liver": 1})
+    evaluation = evaluate(tmp_path / "p", tmp_path / "d", tmp_path / "s.json")
+    assert not evaluation.failed and [(one.label, one.dice) for one in evaluation.summary] == [
+        ("liver", 1),
+        ("lesion", 1),
+    ]
+
+
+def series(folder: Path) -> Volume:
+    affine = np.diag([-0.8, -1.1, 2.5, 1.0])
+    grey = np.random.default_rng(0).integers(0, 900, (1, 12, 11, 9)).astype(np.int16)
+    volume = Volume(voxels=grey, geometry=Geometry(shape=(12, 11, 9), affine=affine), channels=("0",))
+    dicom.write_series(volume, folder, description="phantom", modality="CT")
+    return files.read(folder)
 
 
 def test_an_empty_label_is_counted_only_where_it_was_missed_or_invented(tmp_path: Path) -> None:
@@ -179,6 +261,19 @@ def test_a_case_that_cannot_be_compared_says_why_and_stops_no_other(tmp_path: Pa
     assert set(found.failed) == {"moved", "soft", "torn"}
     assert "must share one grid" in found.failed["moved"] and "whole numbers" in found.failed["soft"]
     assert set(json.loads((tmp_path / "scores.json").read_text())["failed"]) == {"moved", "soft", "torn"}
+
+
+def test_what_is_written_never_overwrites_itself(tmp_path: Path) -> None:
+    for side in ("p", "r"):
+        save(block(2, 12), tmp_path / side / "x.nii.gz")
+    for name in ("unet.v1", "unet.v2"):
+        evaluate(tmp_path / "p", tmp_path / "r", tmp_path / "out" / name)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {f"unet.v{n}{ending}" for n in (1, 2) for ending in ("", ".csv", ".html")}
+    with pytest.raises(UsageError, match=r"Name it scores\.json"):
+        evaluate(tmp_path / "p", tmp_path / "r", tmp_path / "scores.html")
+    with pytest.raises(UsageError, match="0 or more is needed"):
+        evaluate(tmp_path / "p", tmp_path / "r", tolerance_mm=-1.0)
 
 
 def test_nothing_in_common_is_an_error_that_names_both_sides(tmp_path: Path) -> None:

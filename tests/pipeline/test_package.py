@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from networks import UnknownNetwork
+from pipeline.calibration import Calibration
 from pipeline.errors import DamagedPackage, PackageError
-from pipeline.package import ModelPackage, build_network, card
+from pipeline.package import Fold, ModelPackage, build_network, card, temperatures, weights_file
+from pipeline.postprocessing import Chosen, Largest
 from pipeline.prediction import Inference, predict
 from preprocessing.plan import Plan
-from preprocessing.records import BadRecord, encode
+from preprocessing.records import BadRecord, decode, encode
 from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
@@ -168,6 +170,119 @@ def test_another_fold_keeps_the_first_and_the_networks_are_averaged(
     together = predict(prepared, networks, both.plan, how, "").probabilities.voxels
     np.testing.assert_allclose(together, (alone[0] + alone[1]) / 2, atol=1e-6)
     assert np.abs(alone[0] - alone[1]).max() > 0.01
+
+
+def a_fold(temperature: float | None = None) -> Fold:
+    return Fold(
+        weights="w.safetensors", dice={}, cases_trained=1, cases_held_out=1, epochs=1, minutes=0.1, seed=0,
+        temperature=temperature,
+    )  # fmt: skip
+
+
+def test_a_fold_that_held_nothing_out_takes_the_mean_temperature_of_the_others() -> None:
+    assert temperatures({"0": a_fold(), "1": a_fold()}) == {"0": 1.0, "1": 1.0}
+    mixed = temperatures({"0": a_fold(0.5), "1": a_fold(8.0), "all": a_fold()})
+    assert mixed == {"0": 0.5, "1": 8.0, "all": pytest.approx(2.0)}
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_that_cannot_be_is_refused(temperature: float) -> None:
+    with pytest.raises(BadRecord, match="above 0"):
+        a_fold(temperature)
+
+
+def test_weights_are_called_after_their_fold() -> None:
+    assert weights_file(3) == "weights-fold3.safetensors" and weights_file("all") == "weights-all.safetensors"
+
+
+def written(folder: Path, change: Callable[[dict], object]) -> None:
+    """Whatever a person may have made of package.json, under the right seal."""
+    from pipeline import package
+
+    said = json.loads((folder / "package.json").read_text())
+    change(said)
+    said["id"] = hashlib.sha256(json.dumps(said | {"id": ""}, sort_keys=True).encode()).hexdigest()
+    (folder / "package.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n")
+    assert package.FORMAT == 2
+
+
+def older(said: dict) -> None:
+    """As hilum wrote it before there were temperatures."""
+    said["format"] = 1
+    del said["postprocessing"]
+    for fold in said["folds"].values():
+        for name in ("temperature", "calibration", "held_out"):
+            del fold[name]
+
+
+def test_a_package_of_another_format_is_refused_with_who_made_it_and_what_to_do(own: Path) -> None:
+    written(own, older)
+    with pytest.raises(PackageError, match=r"(?s)format 1 by hilum .*reads format 2.*train it again") as refused:
+        ModelPackage.load(own)
+    assert not isinstance(refused.value, DamagedPackage)
+
+
+def test_a_format_of_tomorrow_is_refused_before_its_words_are_read(own: Path) -> None:
+    written(own, lambda said: said.update(format=3, novelty=True))
+    with pytest.raises(PackageError, match="format 3"):
+        ModelPackage.load(own)
+
+
+def set_fold(**values: object) -> Callable[[dict], object]:
+    return lambda said: said["folds"]["0"].update(values)
+
+
+CALIBRATION = {"cases": 1, "voxels": 9, "nll_before": 0.1, "nll_after": 0.1, "ece_before": 0.1, "ece_after": 0.1,
+               "brier_before": 0.1, "brier_after": 0.1}  # fmt: skip
+RULE = {"rule": {"kind": "largest", "label": "liver"}, "dice_before": {}, "dice_after": {}, "cases": 5, "better": 5,
+        "worse": 0, "folds": ["0"]}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_fold(temperature=0.0),
+        set_fold(temperature="1"),
+        set_fold(temperature=float("nan")),
+        set_fold(calibration=CALIBRATION | {"ece_after": float("inf")}),
+        set_fold(calibration=CALIBRATION | {"voxels": 0}),
+        set_fold(calibration={"cases": 1}),
+        set_fold(held_out={"cases": {"a": {"liver": "good"}}, "trials": []}),
+        set_fold(held_out={"cases": {}, "trials": [], "names": []}),
+        set_fold(held_out={"cases": {}, "trials": [{"rule": {"kind": "run", "label": "rm"}, "dice": {}}]}),
+        lambda said: said.update(
+            postprocessing=[RULE | {"rule": {"kind": "no_smaller", "label": "liver", "ml": -1.0}}]
+        ),
+        lambda said: said.update(postprocessing=[RULE | {"rule": {"kind": "largest", "label": "spleen"}}]),
+        lambda said: said.update(postprocessing=[RULE | {"why": "so"}]),
+        lambda said: said.update(postprocessing="none"),
+    ],
+)
+def test_values_nobody_can_mean_are_refused_even_under_the_right_seal(
+    own: Path, change: Callable[[dict], object]
+) -> None:
+    written(own, change)
+    with pytest.raises(DamagedPackage):
+        ModelPackage.load(own)
+
+
+def test_rules_are_read_back_in_order(own: Path) -> None:
+    written(own, lambda said: said.update(postprocessing=[RULE]))
+    assert ModelPackage.load(own).rules == (Largest(label="liver"),)
+    assert decode(Chosen, RULE, where="") == ModelPackage.load(own).record.postprocessing[0]
+
+
+def test_a_card_says_how_far_probabilities_can_be_believed_and_what_is_done_to_labels(own: Path) -> None:
+    plain = card(ModelPackage.load(own).record)
+    assert "the network's own" in plain and "Nothing." in plain
+    calibration = CALIBRATION | {"ece_before": 0.1234, "ece_after": 0.0301}
+    written(own, lambda said: (set_fold(temperature=1.5, calibration=calibration)(said), said.update(postprocessing=[
+        RULE | {"dice_before": {"liver": 0.9}, "dice_after": {"liver": 0.95}}])))  # fmt: skip
+    text = card(ModelPackage.load(own).record)
+    assert decode(Calibration, calibration, where="").ece_after == 0.0301
+    for words in ("| 0 | 1.500 | 0.1234 | 0.0301 |", "Only the largest part of liver is kept", "liver 0.900 to 0.950",
+                  "5 case(s) better, 0 worse"):  # fmt: skip
+        assert words in text
 
 
 def test_others_may_read_what_was_packed(tiny: Path) -> None:

@@ -1,6 +1,7 @@
 """Windows are blended as the formula says, and the decision is made on the scan's own grid."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -12,10 +13,21 @@ from torch import nn
 
 from pipeline.errors import UsageError
 from pipeline.package import ModelPackage
-from pipeline.prediction import Inference, Prediction, blended_logits, choose_device, decide, predict, segment_volume
+from pipeline.postprocessing import Largest, NoHoles, NoSmaller, clean
+from pipeline.prediction import (
+    Inference,
+    Prediction,
+    blended_logits,
+    choose_device,
+    confidence_in,
+    decide,
+    predict,
+    probabilities,
+    segment_volume,
+)
 from preprocessing.patches import bell, grid
-from preprocessing.plan import Plan
-from preprocessing.steps import Crop, prepare
+from preprocessing.plan import Label, Plan
+from preprocessing.steps import Crop, Trail, prepare
 from preprocessing.volume import Volume
 
 CPU = torch.device("cpu")
@@ -95,13 +107,18 @@ def random_probabilities(prepared: Volume, plan: Plan) -> Volume:
     return prepared.with_voxels((exponents / exponents.sum(0)).astype(np.float32), channels=names)
 
 
+def decided(likely: Volume, trail: Trail, plan: Plan) -> tuple[Volume, dict[str, float]]:
+    labels, strength = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
+    return labels, confidence_in(labels, labels, strength, plan)
+
+
 def test_the_decision_is_the_strongest_probability_on_the_scans_own_grid(
     make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
 ) -> None:
     plan, scan = make_plan(), make_scan(4)
     prepared, trail = prepare(scan, plan.steps)
     probabilities = random_probabilities(prepared, plan)
-    labels, confidence = decide(Prediction(probabilities=probabilities, package_id=""), trail, plan)
+    labels, confidence = decided(probabilities, trail, plan)
 
     undone = trail.undo(probabilities).voxels
     winner = undone.argmax(axis=0)
@@ -122,7 +139,7 @@ def test_what_was_cropped_away_is_background(make_plan: Callable[..., Plan], mak
     everywhere = np.zeros((3, *prepared.geometry.shape), dtype=np.float32)
     everywhere[2] = 1
     probabilities = prepared.with_voxels(everywhere, channels=("background", "liver", "lesion"))
-    labels, confidence = decide(Prediction(probabilities=probabilities, package_id=""), trail, plan)
+    labels, confidence = decided(probabilities, trail, plan)
     np.testing.assert_array_equal(labels.voxels != 0, voxels != 0)
     assert confidence == {"lesion": 1.0}
 
@@ -151,3 +168,118 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
     for name in ("cuda", "cuda:1", "gpu", ""):
         with pytest.raises(UsageError):
             choose_device(name)
+
+
+# temperature
+
+
+def test_logits_are_divided_by_the_temperature_before_folds_are_averaged(
+    make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
+) -> None:
+    plan = make_plan()
+    prepared, _ = prepare(make_scan(), plan.steps)
+    networks, how = [Pointwise(), Placed()], Inference(device="cpu")
+    found = predict(prepared, networks, plan, how, "", temperatures=(2.0, 0.5)).probabilities.voxels
+    logits = [blended_logits(prepared.to_tensor(), network, PATCH, 3, how, CPU) for network in networks]
+    expected = ((logits[0] / 2).softmax(0) + (logits[1] / 0.5).softmax(0)) / 2
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    plainly = predict(prepared, networks, plan, how, "").probabilities.voxels
+    np.testing.assert_allclose(plainly, sum(each.softmax(0) for each in logits) / 2, atol=1e-6)
+
+
+def test_a_temperature_moves_the_confidence_and_not_the_decision(
+    tiny: Path, make_scan: Callable[..., Volume], make_plan: Callable[..., Plan]
+) -> None:
+    package, scan = ModelPackage.load(tiny), make_scan()
+    plan = replace(package.plan, steps=package.plan.steps[2:])  # no resampling: probabilities are not mixed
+    how = Inference(device="cpu")
+    cold, hot = (
+        segment_volume(scan, package.networks(), plan, how, "", temperatures=(temperature,))
+        for temperature in (0.5, 4.0)
+    )
+    np.testing.assert_array_equal(cold.labels.voxels, hot.labels.voxels)
+    assert cold.confidence and all(cold.confidence[name] > hot.confidence[name] for name in cold.confidence)
+
+
+# regions
+
+
+@pytest.fixture
+def regions(make_plan: Callable[..., Plan]) -> Plan:
+    """The whole, painted first, and what lies in it."""
+    labels = (
+        Label(value=2, name="whole", colour=(1, 2, 3), parts=(1, 2, 3)),
+        Label(value=1, name="core", colour=(1, 2, 3), parts=(1, 3)),
+        Label(value=3, name="active", colour=(1, 2, 3), parts=(3,)),
+    )
+    return replace(make_plan(), labels=labels)
+
+
+def test_regions_have_a_probability_of_their_own_and_no_background(regions: Plan) -> None:
+    logits = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(probabilities(logits, regions, 2.0), torch.sigmoid(logits / 2))
+
+
+def test_of_regions_later_ones_are_painted_over_earlier_ones_on_the_scans_own_grid(
+    regions: Plan, make_scan: Callable[..., Volume]
+) -> None:
+    scan = make_scan(4)
+    prepared, trail = prepare(scan, regions.steps)
+    voxels = np.random.default_rng(5).uniform(0, 1, (3, *prepared.geometry.shape)).astype(np.float32)
+    likely = prepared.with_voxels(voxels, channels=("whole", "core", "active"))
+    labels, confidence = decided(likely, trail, regions)
+    undone = trail.undo(likely).voxels
+    expected, strength = np.zeros(scan.geometry.shape), np.zeros(scan.geometry.shape)
+    for number, value in enumerate((2, 1, 3)):
+        expected = np.where(undone[number] > 0.5, value, expected)
+        strength = np.where(undone[number] > 0.5, undone[number], strength)
+    np.testing.assert_array_equal(labels.voxels[0], expected)
+    assert labels.voxels.dtype == np.uint8 and labels.geometry.matches(scan.geometry)
+    for name, value in (("whole", 2), ("core", 1), ("active", 3)):
+        assert confidence[name] == pytest.approx(strength[expected == value].mean(), abs=1e-4)
+        assert confidence[name] > 0.5
+
+
+def test_outside_what_was_cropped_there_is_no_region(regions: Plan, make_scan: Callable[..., Volume]) -> None:
+    scan = make_scan(0, shape=(24, 24, 24))
+    voxels = np.zeros_like(scan.voxels)
+    voxels[:, 8:16, 8:16, 8:16] = scan.voxels[:, 8:16, 8:16, 8:16]
+    prepared, trail = prepare(scan.with_voxels(voxels), (Crop(margin=0),))
+    everywhere = np.ones((3, *prepared.geometry.shape), dtype=np.float32)
+    likely = prepared.with_voxels(everywhere, channels=("whole", "core", "active"))
+    labels, confidence = decided(likely, trail, regions)
+    np.testing.assert_array_equal(labels.voxels == 3, voxels != 0)
+    assert confidence == {"active": 1.0}
+
+
+def test_regions_are_segmented_from_scan_to_labels(regions: Plan, make_scan: Callable[..., Volume]) -> None:
+    found = segment_volume(make_scan(), [Pointwise()], regions, Inference(device="cpu", flips=True), "")
+    assert set(np.unique(found.labels.voxels)) <= {0, 1, 2, 3} and found.confidence
+    assert all(0.5 < value <= 1 for value in found.confidence.values())
+
+
+# rules
+
+
+def test_rules_are_applied_to_the_labels_and_told(tiny: Path, make_scan: Callable[..., Volume]) -> None:
+    package, scan = ModelPackage.load(tiny), make_scan()
+    how, networks = Inference(device="cpu"), package.networks()
+    raw = segment_volume(scan, networks, package.plan, how, "")
+    rules = (NoHoles(label="lesion"), Largest(label="liver"), NoSmaller(label="lesion", ml=0.1))
+    found = segment_volume(scan, networks, package.plan, how, "", rules=rules)
+    labels, changes = clean(raw.labels, rules, package.plan)
+    np.testing.assert_array_equal(found.labels.voxels, labels.voxels)
+    assert found.changes == changes and len(changes) == 3 and raw.changes == ()
+    assert any(change.removed_ml for change in changes)
+
+
+def test_confidence_counts_what_won_and_was_kept(
+    make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
+) -> None:
+    plan, scan = make_plan(), make_scan()
+    before, after = np.zeros((2, 1, *scan.geometry.shape), np.uint8)
+    before[0, 0, 0, :4], after[0, 0, 0, 2:6] = 1, 1  # two removed, two kept, two filled in
+    strength = np.zeros(before.shape, np.float32)
+    strength[0, 0, 0] = np.linspace(0.5, 1, strength.shape[-1])
+    labels, was, sure = (scan.with_voxels(each, channels=("x",)) for each in (after, before, strength))
+    assert confidence_in(labels, was, sure, plan) == {"liver": pytest.approx(strength[0, 0, 0, 2:4].mean(), abs=1e-4)}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +79,12 @@ def test_a_training_leaves_a_package_and_nothing_else(undisturbed: Path) -> None
 def test_mlflow_holds_curves_pictures_plan_dataset_and_a_registered_package(undisturbed: Path, store: str) -> None:
     client, run = run_of(undisturbed, store)
     assert run.info.status == "FINISHED"
-    for key in ("train/loss", "val/loss", "val/dice_mean"):
-        assert [point.step for point in client.get_metric_history(run.info.run_id, key)] == list(range(EPOCHS))
+    steps = {
+        key: [point.step for point in client.get_metric_history(run.info.run_id, key)]
+        for key in ("train/loss", "val/loss", "val/dice_mean")
+    }
+    assert steps["train/loss"] == list(range(EPOCHS))
+    assert {0, EPOCHS - 1} <= set(steps["val/loss"]) and steps["val/loss"] == steps["val/dice_mean"]
     assert {"plan.yaml", "fingerprint.json", "settings.json", "images", "package"} <= {
         f.path for f in client.list_artifacts(run.info.run_id)
     }
@@ -141,9 +146,86 @@ def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
     assert run.info.run_id == job["run_id"] and run.info.status == "FINISHED"
     steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
     assert steps == Counter(range(EPOCHS)), "every epoch once"
-    ours, theirs = (load_file(folder / "weights-fold0.safetensors") for folder in (out, undisturbed))
-    for name, weights in theirs.items():
-        assert np.allclose(ours[name], weights, atol=1e-4), name  # threads add in any order
+    assert_equal_to_the_bit(out, undisturbed)
+
+
+def assert_equal_to_the_bit(package: Path, other: Path) -> None:
+    ours, theirs = (load_file(folder / "weights-fold0.safetensors") for folder in (package, other))
+    assert ours.keys() == theirs.keys()
+    assert not [name for name, weights in theirs.items() if not np.array_equal(ours[name], weights)]
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path
+) -> None:
+    words = Train(**WORDS, tracking_uri=store, cache=undisturbed.parent / "cache")
+    train(dataset, tmp_path / "again", words)
+    assert_equal_to_the_bit(tmp_path / "again", undisturbed)
+    train(dataset, tmp_path / "other", replace(words, seed=1, epochs=1))
+    with pytest.raises(AssertionError):
+        assert_equal_to_the_bit(tmp_path / "other", undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_random_moments_a_training_ends_as_if_nothing_had_happened(
+    dataset: Path, store: str, tmp_path: Path
+) -> None:
+    """On two threads, whose sums must not depend on which of them comes first."""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "2"}
+    longer = ("--epochs=40", "--keep_seconds=0.2")
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    subprocess.run(command(dataset, whole, store, *longer), env=environment, check=True)
+    rng = np.random.default_rng(20261121)
+    kills = 0
+    workshop = tmp_path / "broken.training" / "fold0"
+    while kills < 20:
+        resumed = ("--resume",) if (workshop / "job.json").exists() else ()
+        with subprocess.Popen(command(dataset, broken, store, *longer, *resumed), env=environment) as process:
+            if kills % 4:  # a quarter of the times while it still prepares, else some steps after it goes on
+                wait_for_change(workshop / "last.ckpt", process)
+            try:
+                process.wait(rng.uniform(0.2, 4.0) if kills % 4 == 0 else rng.uniform(0, 1.0))
+                break
+            except subprocess.TimeoutExpired:
+                process.kill()
+        kills += 1
+    assert kills >= 10, "it must be killed often to say anything"
+    if not broken.exists():
+        subprocess.run(command(dataset, broken, store, *longer, "--resume"), env=environment, check=True)
+    assert_equal_to_the_bit(broken, whole)
+    client, run = run_of(broken, store)
+    steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
+    assert steps == Counter(range(40)), "every epoch once"
+
+
+def wait_for_change(path: Path, process: subprocess.Popen, seconds: float = 60) -> None:
+    before = path.stat().st_mtime_ns if path.exists() else 0
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        if path.exists() and path.stat().st_mtime_ns != before:
+            return
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_as_one_with_twice_the_batch(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path
+) -> None:
+    plan = open_package(undisturbed).plan
+    replace(plan, batch=2).write(tmp_path / "two.yaml")
+    replace(plan, batch=4).write(tmp_path / "four.yaml")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    for name, plan_file, devices in (("pair", "two.yaml", 2), ("alone", "four.yaml", 1)):
+        words = command(dataset, tmp_path / name, store, f"--plan={tmp_path / plan_file}", f"--devices={devices}")
+        subprocess.run([*words, "--device=cpu"], env=environment, check=True)
+    losses = []
+    for name in ("pair", "alone"):
+        client, run = run_of(tmp_path / name, store)
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        losses.append([point.value for point in sorted(history, key=lambda point: point.step)])
+    assert len(losses[0]) == EPOCHS and np.allclose(losses[0], losses[1], rtol=2e-3)
+    one, other = (load_file(tmp_path / name / "weights-fold0.safetensors") for name in ("pair", "alone"))
+    assert all(np.allclose(one[key], other[key], atol=5e-3) for key in one)
 
 
 def test_stopped_between_package_and_registry_a_training_only_registers(
@@ -227,8 +309,6 @@ def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(
 
 
 def test_a_plan_for_other_labels_is_refused(dataset: Path, undisturbed: Path, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     plan: Plan = open_package(undisturbed).plan
     replace(plan, labels=plan.labels[:2]).write(tmp_path / "plan.yaml")
     with pytest.raises(UsageError, match="hilum plan"):

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+import pydicom
 import pytest
 
-from preprocessing import files
+from preprocessing import dicom, files
 from preprocessing.datasets import (
     DatasetError,
     Finding,
     check,
+    examine,
     label_table,
     open_dataset,
     read_labels,
@@ -279,7 +281,7 @@ def test_a_folder_without_a_single_case_is_no_dataset_without_findings(tmp_path)
 
 @pytest.mark.parametrize(
     "words",
-    ["{", "[1]", '{"labels": {"liver": [1, 2]}}', '{"labels": {"ignore": 3}}', '{"modality": {"x": "CT"}}', "3"],
+    ["{", "[1]", '{"labels": {"liver": "1"}}', '{"labels": {"liver": -1}}', '{"modality": {"x": "CT"}}', "3"],
 )
 def test_a_description_nobody_understands_is_refused(decathlon, words):
     (decathlon / "dataset.json").write_text(words)
@@ -295,8 +297,8 @@ def test_a_fingerprint_tells_every_grid_in_ras_order(decathlon):
     assert facts.voxels == {"liver": 12, "lesion": 12}
     assert facts.kept == 1.0
     inside = an_image(0)[some_labels(1, 2) > 0]
-    low, high = facts.intensities[0][0], facts.intensities[0][-1]
-    assert (low, high) == (pytest.approx(inside.min()), pytest.approx(inside.max()))
+    assert np.mean(facts.intensities[0]) == pytest.approx(inside.mean(), rel=1e-3)
+    assert inside.min() < facts.intensities[0][0] < facts.intensities[0][-1] < inside.max()
 
 
 def test_a_fingerprint_knows_its_data_by_their_bytes(decathlon):
@@ -360,3 +362,176 @@ def test_a_gap_in_channel_numbers_is_a_finding_not_another_channel(tmp_path):
     (tmp_path / "dataset.json").write_text(json.dumps(described))
     findings = check(open_dataset(tmp_path))
     assert [finding.case for finding in findings] == ["p7"] and "[0, 2]" in findings[0].problem
+
+
+REGIONS = {
+    "channel_names": {"0": "T1"},
+    "labels": {"background": 0, "whole tumour": [1, 2, 3], "core": [2, 3], "enhancing": 3, "ignore": 4},
+    "regions_class_order": [1, 2, 3],
+}
+
+
+def nnunet(root: Path, record: dict, *painted: np.ndarray) -> Path:
+    """Cases c0, c1 ... in nnU-Net's layout, labelled so."""
+    for n, labels in enumerate(painted):
+        save(root / "imagesTr" / f"c{n}_0000.nii.gz", an_image(n))
+        save(root / "labelsTr" / f"c{n}.nii.gz", labels)
+    (root / "dataset.json").write_text(json.dumps(record))
+    return root
+
+
+def test_regions_keep_their_order_their_parts_and_the_number_they_are_written_as(tmp_path):
+    record = {**REGIONS, "regions_class_order": [2, 1, 4]}
+    dataset = open_dataset(nnunet(tmp_path, record, some_labels(1, 2, 3, 4)))
+    assert [(label.name, label.value, label.parts) for label in dataset.labels] == [
+        ("whole tumour", 2, (1, 2, 3)), ("core", 1, (2, 3)), ("enhancing", 4, (3,)),
+    ]  # fmt: skip
+    assert dataset.ignored == 4
+    assert check(dataset) == ()
+    fingerprint = take_fingerprint(dataset)
+    assert fingerprint.cases["c0"].voxels == {"whole tumour": 36, "core": 24, "enhancing": 12}
+    assert fingerprint.ignored == 4
+
+
+def test_check_says_regions_and_what_is_ignored_and_which_region_nobody_has(tmp_path):
+    looked = examine(open_dataset(nnunet(tmp_path, REGIONS, some_labels(1, 2, 4))))
+    assert looked.findings == () and looked.absent == ("enhancing",)
+    assert looked.notes == (
+        "labels are regions that may overlap: whole tumour of 1 + 2 + 3, core of 2 + 3, enhancing of 3",
+        "voxels of the value 4 are ignored: they neither teach nor count",
+    )
+
+
+def test_intensities_are_those_under_labels_and_not_those_under_what_is_ignored(tmp_path):
+    painted = some_labels(1, 4)
+    facts = take_fingerprint(open_dataset(nnunet(tmp_path, REGIONS, painted))).cases["c0"]
+    assert np.mean(facts.intensities[0]) == pytest.approx(an_image(0)[painted == 1].mean(), abs=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"regions_class_order": None}, "a number for each, from 1 up"),
+        ({"regions_class_order": [1, 2]}, "a number for each, from 1 up"),
+        ({"regions_class_order": [1, 2, 2]}, "a number for each, from 1 up"),
+        ({"regions_class_order": [0, 1, 2]}, "a number for each, from 1 up"),
+        ({"labels": {"tumour": [0, 1]}, "regions_class_order": [1]}, "holds 0, the background"),
+        ({"labels": {"tumour": []}}, "a whole number, or for a region a list"),
+        ({"labels": {"tumour": [1.5]}}, "a whole number, or for a region a list"),
+        ({"labels": {"tumour": True}}, "a whole number, or for a region a list"),
+        ({"labels": {"ignore": 2, "tumour": 3}}, "one number above all others"),
+        ({"labels": {"ignore": [4, 5], "tumour": 3}}, "one number above all others"),
+        ({"labels": {"ignore": 0}}, "one number above all others"),
+        ({"annotated": {"c0": "core"}}, "a list of labels' names"),
+        ({"annotated": ["c0"]}, "cannot be understood"),
+        ({"patients": ["c0"]}, "cannot be understood"),
+    ],
+    ids=str,
+)
+def test_a_description_that_contradicts_itself_is_refused_with_what_is_needed(tmp_path, changes, words):
+    with pytest.raises(DatasetError, match=words):
+        open_dataset(nnunet(tmp_path, REGIONS | changes, some_labels(1)))
+
+
+def test_values_nobody_declared_are_named_beside_regions_and_what_is_ignored_too(tmp_path):
+    (problem,) = findings(nnunet(tmp_path, REGIONS, some_labels(1, 4, 5)))["c0"]
+    assert "12 voxels carry the label 5" in problem and "[1, 2, 3]" in problem
+
+
+PARTLY = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}}
+
+
+def test_which_labels_were_looked_for_and_whose_scan_it_is_are_told_by_the_description(tmp_path):
+    record = {
+        **PARTLY,
+        "annotated": {"c0": ["liver"], "c1": ["spleen", "kidney"]},
+        "patients": {"c0": "Doe", "c2": "Doe"},
+    }
+    dataset = open_dataset(nnunet(tmp_path, record, some_labels(1), some_labels(2, 3), some_labels(1, 2)))
+    assert [files.annotated for files in dataset.cases] == [("liver",), ("spleen", "kidney"), None]
+    assert [files.patient for files in dataset.cases] == ["Doe", "", "Doe"]
+    looked = examine(dataset)
+    assert looked.findings == ()
+    assert looked.notes == (
+        "in 2 of 3 cases only some labels were looked for: liver in 2, spleen in 2, kidney in 2",
+        "3 cases are of 2 patients; no patient is divided between training and validation",
+    )
+    facts = take_fingerprint(dataset).cases
+    assert [one.annotated for one in facts.values()] == [("liver",), ("spleen", "kidney"), None]
+    assert [one.patient for one in facts.values()] == ["1", "", "1"], "a number, for names must not leave the house"
+
+
+def test_what_was_looked_for_is_part_of_what_a_dataset_is(tmp_path):
+    root = nnunet(tmp_path, PARTLY, some_labels(1), some_labels(1, 2))
+    whole = take_fingerprint(open_dataset(root)).dataset
+    (root / "dataset.json").write_text(json.dumps(PARTLY | {"annotated": {"c0": ["liver"]}}))
+    assert take_fingerprint(open_dataset(root)).dataset != whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "case", "words"),
+    [
+        ({"annotated": {"c0": ["livr"]}}, "c0", "'livr', which is no label; declared are liver, spleen, kidney; did you mean 'liver'?"),
+        ({"annotated": {"c0": []}}, "c0", "annotated with no label"),
+        ({"annotated": {"c01": ["liver"]}}, "c01", "named under `annotated` in dataset.json and is no case; did you mean"),
+        ({"patients": {"patient3": "x"}}, "patient3", "named under `patients` in dataset.json and is no case."),
+        ({"annotated": {"c0": ["liver"]}}, "c0", "12 voxels carry the label 2 (spleen), which was not looked for"),
+    ],
+    ids=["no label", "none", "no case", "nobody", "contradiction"],
+)  # fmt: skip
+def test_what_cannot_have_been_looked_for_is_named(tmp_path, changes, case, words):
+    found = findings(nnunet(tmp_path, PARTLY | changes, some_labels(1, 2)))
+    assert set(found) == {case} and any(words in problem for problem in found[case])
+
+
+def test_a_part_of_a_region_that_was_looked_for_may_be_there_though_a_smaller_region_was_not(tmp_path):
+    whole = REGIONS | {"annotated": {"c0": ["whole tumour"]}}
+    assert findings(nnunet(tmp_path / "whole", whole, some_labels(1, 2))) == {}
+    inner = REGIONS | {"annotated": {"c0": ["enhancing"]}}
+    (one, two) = findings(nnunet(tmp_path / "inner", inner, some_labels(1, 2, 3)))["c0"]
+    assert "label 1 (whole tumour)" in one and "label 2 (whole tumour)" in two
+
+
+def test_a_table_tells_what_was_looked_for_and_whose_scan_it_is_and_names_labels_by_a_description_beside_it(tmp_path):
+    for n in range(2):
+        save(tmp_path / f"{n}.nii.gz", an_image(n))
+        save(tmp_path / f"labels{n}.nii.gz", some_labels(1))
+    rows = [
+        ["id", "ct", "labels", "annotated", "patient"],
+        ["a", "0.nii.gz", "labels0.nii.gz", "liver; spleen", "p1"],
+        ["b", "1.nii.gz", "labels1.nii.gz", "", ""],
+    ]
+    path = write_table(tmp_path / "study.csv", rows)
+    assert "no label is declared by name in a dataset.json" in findings(path)["a"][0]
+    (tmp_path / "dataset.json").write_text(json.dumps(PARTLY | {"name": "other"}))
+    dataset = open_dataset(path)
+    assert (dataset.name, dataset.channels) == ("study", ("ct",))
+    assert [label.name for label in dataset.labels] == ["liver", "spleen", "kidney"]
+    assert [(files.annotated, files.patient) for files in dataset.cases] == [(("liver", "spleen"), "p1"), (None, "")]
+    assert check(dataset) == ()
+
+
+def dicom_dataset(root: Path, *patients: str) -> Path:
+    """A series and its labels per case; the headers name the patients."""
+    for n, patient in enumerate(patients):
+        image = read(save(root / f"{n}.nii.gz", np.round(an_image(n)).astype(np.int16)))
+        for path in dicom.write_series(image, root / "images" / f"c{n}", description="x", study=str(n)):
+            slice_ = pydicom.dcmread(path)
+            slice_.PatientID = patient
+            slice_.save_as(path)
+        files.write(image.with_voxels(some_labels(1)[None]), root / "labels" / f"c{n}.nii.gz", is_labels=True)
+    return root
+
+
+def test_the_patients_of_dicom_images_are_known_and_never_named(tmp_path):
+    dataset = open_dataset(dicom_dataset(tmp_path, "Doe-17", "Roe-3", "Doe-17", ""))
+    first, second, third, fourth = (one.patient for one in dataset.cases)
+    assert first == third != second and fourth == ""
+    assert "Doe" not in repr(dataset) and "Roe" not in repr(dataset)
+    fingerprint = take_fingerprint(dataset)
+    assert [one.patient for one in fingerprint.cases.values()] == ["1", "2", "1", ""]
+
+
+def test_one_name_in_all_headers_is_an_anonymisers_and_no_patient(tmp_path):
+    dataset = open_dataset(dicom_dataset(tmp_path, "ANON", "ANON", "ANON"))
+    assert [one.patient for one in dataset.cases] == ["", "", ""]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.spatial.transform import Rotation
 
 from preprocessing.patches import FOREGROUND, Places, bell, cut, draw, grid
 
@@ -49,16 +50,33 @@ def test_a_window_is_trusted_most_in_its_middle_and_nowhere_not_at_all(side):
 
 
 @QUIET
-@given(SIDES, EXTRA, st.integers(0, 999))
-def test_a_drawn_window_lies_inside_the_scan(patch, extra, seed):
+@given(SIDES, st.tuples(*[st.integers(-6, 30)] * 3), st.integers(0, 999), st.sampled_from([None, True, False]))
+def test_a_drawn_window_lies_inside_the_scan_or_where_the_scan_is_smaller_around_it(patch, extra, seed, forced):
     rng = np.random.default_rng(seed)
-    shape = tuple(int(n) for n in np.add(patch, extra))
-    labels = (rng.random((1, *shape)) < 0.05).astype(np.uint8)
+    shape = tuple(int(n) for n in np.maximum(1, np.add(patch, extra)))
+    labels = (rng.random((1, *shape)) < 0.05).astype(np.int16)
     places = Places.of(labels, rng)
+    room = np.subtract(shape, patch)
     for _ in range(10):
-        start = np.array(draw(shape, patch, places, rng))
-        assert (start >= 0).all()
-        assert (start + patch <= shape).all()
+        start = draw(shape, patch, places, rng, forced=forced)
+        assert (start >= np.minimum(0, room)).all()
+        assert (start <= np.maximum(0, room)).all()
+        assert not (forced and labels.any()) or (cut(labels, start, patch, 0) > 0).any()
+
+
+@QUIET
+@given(st.tuples(*[st.integers(1, 40)] * 3), st.integers(0, 999))
+def test_what_a_window_was_drawn_for_is_still_in_it_when_it_is_turned(patch, seed):
+    """By up to 30 degrees about each axis and enlarged by 1 / 0.7, as augmentation does at most."""
+    rng = np.random.default_rng(seed)
+    labels = np.zeros((1, 100, 100, 100), np.uint8)
+    labels[0, 50, 50, 50] = 1
+    places = Places.of(labels, rng)
+    start = np.array(draw((100, 100, 100), patch, places, rng, forced=True))
+    offset = 50 - (start + (np.array(patch) - 1) / 2)
+    for _ in range(20):
+        turned = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).apply(offset / rng.uniform(0.7, 1.4))
+        assert (np.abs(turned) <= np.maximum(np.array(patch) / 2, 1.3)).all()
 
 
 @pytest.mark.parametrize("patch", [(12, 12, 12), (16, 16, 4), (16, 16, 1)])
@@ -80,6 +98,62 @@ def test_windows_are_drawn_anywhere_where_there_is_no_label():
     assert places.per_label == {}
     assert (starts.min(axis=0) == 0).all()
     assert (starts.max(axis=0) == 16).all()
+
+
+def test_the_share_on_labels_is_what_was_asked_for_and_none_or_all_where_it_is_forced():
+    labels = np.zeros((1, 50, 50, 50), np.int16)
+    labels[0, 25, 25, 25] = 1
+    rng = np.random.default_rng(0)
+    places = Places.of(labels, rng)
+
+    def met(**how) -> float:
+        found = [cut(labels, draw((50, 50, 50), (6, 6, 6), places, rng, **how), (6, 6, 6), 0).any() for _ in range(300)]
+        return sum(found) / 300
+
+    assert met(foreground=0.33) == pytest.approx(0.33, abs=0.09)
+    assert (met(foreground=1.0), met(forced=True)) == (1, 1)
+    assert max(met(foreground=0.0), met(forced=False, foreground=1.0)) < 0.03
+
+
+def test_a_small_lesion_beside_a_large_one_is_drawn_and_the_large_one_all_the_same():
+    labels = np.zeros((1, 60, 60, 60), np.int16)
+    labels[0, :40, :40, :40] = 1
+    labels[0, 50, 50, 50] = labels[0, 51, 51, 51] = 1  # one lesion: its voxels touch at a corner
+    labels[0, 57, 3, 3] = 1
+    rng = np.random.default_rng(0)
+    places = Places.of(labels, rng, most=300)
+    assert places.pieces[:, [0, 2]].tolist() == [[1, 64_000], [1, 2], [1, 1]]
+    drawn = np.array([places.draw(rng) for _ in range(1200)])
+    assert (drawn >= 50).all(axis=1).mean() == pytest.approx(1 / 6, abs=0.04)
+    assert (drawn[:, 0] == 57).mean() == pytest.approx(1 / 6, abs=0.04)
+    assert len(np.unique(drawn[(drawn < 40).all(axis=1)], axis=0)) > 200
+
+
+def test_what_nobody_knows_is_never_drawn():
+    labels = np.full((1, 9, 9, 9), -1, np.int16)
+    labels[0, 4, 4, 4] = 3
+    places = Places.of(labels, np.random.default_rng(0))
+    assert {value: voxels.tolist() for value, voxels in places.per_label.items()} == {3: [[4, 4, 4]]}
+
+
+@QUIET
+@given(st.integers(0, 9999), st.sampled_from([0.02, 0.3, 0.9]), st.integers(1, 400))
+def test_places_are_voxels_of_their_label_each_once_and_no_more_than_asked_for(seed, share, most):
+    rng = np.random.default_rng(seed)
+    labels = np.where(rng.random((1, 9, 8, 7)) < share, rng.integers(-1, 4, (1, 9, 8, 7)), 0).astype(np.int16)
+    places = Places.of(labels, rng, most)
+    assert set(places.per_label) == set(np.unique(labels)) - {-1, 0}
+    for value, voxels in places.per_label.items():
+        assert (labels[0][tuple(voxels.T)] == value).all()
+        assert len(np.unique(voxels, axis=0)) == len(voxels)
+        pieces = places.pieces[places.pieces[:, 0] == value]
+        count = (labels == value).sum()
+        assert len(voxels) <= most and (count > most // 2 or len(voxels) == count)
+        assert (pieces[:, 1] >= 1).all() and (pieces[:, 1] <= pieces[:, 2]).all()
+        assert pieces[:, 2].sum() == count or len(pieces) == most
+    if len(places.pieces):
+        i, j, k = places.draw(rng)
+        assert labels[0, i, j, k] > 0
 
 
 def test_places_keep_all_of_a_small_label_and_a_fair_sample_of_a_large_one():

@@ -39,6 +39,7 @@ class Settings:
     patch: tuple[int, int, int] = (8, 8, 8)
     names: tuple[str, ...] = ()
     weights: dict[str, float] | None = None
+    fold: int | Literal["all"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +138,12 @@ def test_a_whole_number_serves_where_a_fraction_is_meant():
     told = decode(Settings, {"overlap": 1, "weights": {"a": 2}, "device": None}, where="tune")
     assert told == Settings(overlap=1.0, weights={"a": 2.0})
     assert isinstance(told.overlap, float)
+
+
+def test_one_of_several_types_is_enough():
+    assert [decode(Settings, {"fold": fold}, where="run.yaml").fold for fold in (3, "all")] == [3, "all"]
+    with pytest.raises(BadRecord, match=r"run\.yaml\.fold: 'each' was met; one of 'all'"):
+        decode(Settings, {"fold": "each"}, where="run.yaml")
 
 
 def test_what_is_missing_is_named_and_what_has_a_default_is_not_asked_for():

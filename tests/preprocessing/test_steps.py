@@ -264,3 +264,25 @@ def test_no_step_changes_the_scan_it_was_given():
     before = case.image.voxels.copy()
     prepare(case.image, (Orient(), Crop(), Resample(spacing_mm=(3, 3, 3)), Normalise(channels=(Scale(by="scan"),) * 2)))
     np.testing.assert_array_equal(case.image.voxels, before)
+
+
+def test_between_separate_slices_nothing_is_interpolated_on_the_way_and_on_the_way_back():
+    grid = Geometry(shape=(12, 10, 4), affine=np.diag([1.0, 1, 6, 1]))
+    scan = one(np.random.default_rng(0).normal(size=(1, 12, 10, 4)).astype(np.float32), grid, "mr")
+    labels = one((scan.voxels > 0).astype(np.uint8), grid, "labels")
+    step = Resample(spacing_mm=(1.5, 1.0, 2.0), separate=2)
+    prepared, trail = prepare(scan, [step])
+    followed = trail.follow(labels)
+    assert prepared.geometry.shape == followed.geometry.shape == (8, 10, 12)
+    for volume in (prepared, followed):
+        np.testing.assert_array_equal(volume.voxels[..., ::3], volume.voxels[..., 1::3])
+        np.testing.assert_array_equal(volume.voxels[..., ::3], volume.voxels[..., 2::3])
+    back = trail.undo(prepared.with_voxels(prepared.voxels * np.arange(12)))
+    other = trail.undo(prepared.with_voxels(prepared.voxels * (np.arange(12) // 3 * 3 + 1)))
+    np.testing.assert_array_equal(back.voxels, other.voxels)  # the middle one of three
+
+
+@pytest.mark.parametrize("axis", [-1, 3])
+def test_an_axis_that_a_scan_has_not_is_refused(axis):
+    with pytest.raises(ValueError, match="an axis, 0, 1 or 2"):
+        Resample(spacing_mm=(1, 1, 1), separate=axis)

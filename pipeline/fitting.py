@@ -1,0 +1,354 @@
+"""The fit: what Lightning needs to know, one step after another, kept by the minute and gone on with to the bit."""
+
+import copy
+import logging
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, final
+
+import lightning
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from networks.parts import losses
+from preprocessing.plan import Label, Plan
+
+from . import tracking
+from .cache import PreparedCase
+from .checkpoint import SafeCheckpoints
+from .comparison import compare
+from .config import Train
+from .data import Steps, Windows, whole
+from .metrics import dice
+from .package import build_network
+from .prediction import Inference, blended_logits, choose_device
+from .progress import Progress
+from .workshop import Job, Workshop
+
+logger = logging.getLogger(__name__)
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # it advertises other products
+
+VALIDATION_CASES = 8
+"""Held-out cases looked at now and then; all of them are scored at the end."""
+VALIDATION_SHARE = 0.08
+"""No more of the time than this goes into looking at them."""
+PICTURED_CASES = 3
+PICTURES = 5
+"""How often in a training the pictured cases are drawn."""
+
+
+@dataclass
+class Clock:
+    """Where a training stands between its first second and its last. Minutes before a resume are counted too."""
+
+    minutes: float | None
+    """For the whole command, preparation and the last scoring included; None: epochs decide."""
+    began: float
+    """time.monotonic() when the command began."""
+    before: float = 0.0
+    """Minutes of training in earlier runs of it."""
+    started: float | None = None
+    """time.monotonic() at the first step of this run."""
+    prepared: float = 0.0
+    """Minutes that went by before the very first step."""
+    scoring: float = 0.0
+    """Minutes that the last scoring is expected to take."""
+
+    def start(self) -> None:
+        self.started = time.monotonic()
+        if not self.before:
+            self.prepared = (self.started - self.began) / 60
+        if self.minutes and self.prepared > self.minutes / 2:
+            logger.warning(
+                "%.1f of %g minutes went into preparing the cases; training takes half of the minutes all the same",
+                self.prepared, self.minutes,
+            )  # fmt: skip
+
+    @property
+    def trained(self) -> float:
+        """Minutes of training so far."""
+        return self.before + (0.0 if self.started is None else (time.monotonic() - self.started) / 60)
+
+    @property
+    def share(self) -> float:
+        """How much of the minutes for training lies behind, 0 to 1."""
+        assert self.minutes is not None
+        return min(1.0, self.trained / max(self.minutes / 2, self.minutes - self.prepared - self.scoring))
+
+
+def fit(
+    job: Job, settings: Train, cases: dict[str, PreparedCase], workshop: Workshop, tracker: tracking.Tracker | None,
+    progress: Progress, began: float,
+) -> "Training":  # fmt: skip
+    """Trains to the end of the minutes or epochs, from where the workshop's checkpoint stands. No tracker: not rank 0."""
+    lightning.seed_everything(settings.seed, verbose=False)
+    device = choose_device(settings.device)
+    held_out = [cases[i] for i in job.held_out]
+    module = Training(job, settings, [cases[i] for i in job.trained_on], Clock(settings.minutes, began))
+    on_cpu = device.type == "cpu"
+    with warnings.catch_warnings(), _repeatable(on_cpu):
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # on a CPU they would starve it
+        warnings.filterwarnings("ignore", message=".*GPU available but not used.*")
+        warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning 2.6 on torch 2.15
+        trainer = lightning.Trainer(
+            max_epochs=-1,  # one endless epoch: windows are numbered, so a training can stop and go on at any step
+            max_steps=-1 if settings.minutes else module.last_step,
+            accelerator="cpu" if on_cpu else "gpu",
+            devices=settings.devices,
+            num_nodes=settings.nodes,
+            strategy="auto" if settings.devices * settings.nodes == 1 else "ddp",
+            precision="32-true" if on_cpu else "bf16-mixed",
+            gradient_clip_val=12.0,  # nnU-Net v2
+            default_root_dir=workshop.folder,  # where SLURM's last checkpoint goes
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+            use_distributed_sampler=False,
+            limit_val_batches=0,
+            plugins=[SafeCheckpoints()],
+            callbacks=[Watch(tracker, progress, held_out), Keep(workshop, settings.keep_seconds)],
+        )
+        trainer.fit(module, ckpt_path=workshop.checkpoint, weights_only=None)
+    return module
+
+
+@contextmanager
+def _repeatable(on_cpu: bool) -> Iterator[None]:
+    """On a CPU the same seed gives the same weights, to the bit; an operation that has no such way is an error."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(on_cpu or before[0], warn_only=before[1])
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@final
+class Average:
+    """The running mean of a network's weights: steadier than the last step's, most of all in a short training."""
+
+    def __init__(self, network: nn.Module, keep: float) -> None:
+        self.keep = keep
+        self.network = copy.deepcopy(network).eval()
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module, step: int) -> None:
+        """One step of the network taken in; the first steps count for little."""
+        keep = min(self.keep, (1 + step) / (10 + step))
+        for mean, new in zip(self.network.state_dict().values(), network.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(new, 1 - keep)
+            else:
+                mean.copy_(new)
+
+
+class Training(lightning.LightningModule):
+    """What Lightning needs to know: the loss, the optimiser, the rate, the data. Nothing here knows a network by name."""
+
+    def __init__(self, job: Job, settings: Train, trained_on: Sequence[PreparedCase], clock: Clock):
+        super().__init__()
+        self.network = build_network(job.network, job.network_config, job.plan)
+        self.plan = job.plan
+        self.recipe = job.recipe
+        self.settings = settings
+        self.trained_on = list(trained_on)
+        self.loss = losses.build(
+            self.recipe.loss,
+            membership=torch.from_numpy(job.plan.membership),
+            regions=job.plan.has_regions,
+            batch_dice=self.recipe.batch_dice,
+            skip_lowest=job.plan.mode == "nnunet",
+        )
+        self.clock = clock
+        self.average = Average(self.network, self.recipe.average) if self.recipe.average else None
+        self.steps_per_epoch = job.steps_per_epoch
+        self.last_step = self.steps_per_epoch * job.epochs
+        self.share_done = 0.0
+        self.losses: list[float] = []
+
+    @property
+    def best_network(self) -> nn.Module:
+        """What is validated, scored and packed."""
+        return self.average.network if self.average else self.network
+
+    @property
+    def epoch(self) -> int:
+        """Complete epochs so far."""
+        return self.global_step // self.steps_per_epoch
+
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
+        on_gpu = self.device.type == "cuda"
+        workers = self.settings.workers if self.settings.workers is not None else on_gpu * len(os.sched_getaffinity(0))
+        steps = Steps(
+            first=self.global_step, batch=self.plan.batch, rank=self.trainer.global_rank, ranks=self.trainer.world_size
+        )
+        windows = Windows(self.trained_on, self.plan, self.recipe, seed=self.settings.seed)
+        return DataLoader(windows, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        recipe, weights = self.recipe, self.network.parameters()
+        if recipe.optimiser == "sgd":
+            return torch.optim.SGD(
+                weights, recipe.learning_rate, recipe.momentum, weight_decay=recipe.weight_decay, nesterov=True
+            )
+        return torch.optim.AdamW(weights, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+
+    def on_fit_start(self) -> None:
+        if self.average:
+            self.average.network.to(self.device)
+        self.clock.start()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """The rate rises over the first steps, then falls to zero with the share that is left (nnU-Net's power)."""
+        if self.settings.minutes:  # no rank may go by a clock of its own
+            self.share_done = self.trainer.strategy.broadcast(self.clock.share)
+        else:
+            self.share_done = min(1.0, self.global_step / self.last_step)
+        warm = min(1.0, (self.global_step + 1) / max(1, self.recipe.warmup_steps))
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = self.recipe.learning_rate * warm * (1 - self.share_done) ** 0.9
+        torch.manual_seed(self.settings.seed + self.global_step)  # what a network draws depends on the step alone
+
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        image, target, annotated = batch
+        loss = self.loss(self.network(image), target, annotated)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss became {loss.item()} in step {self.global_step}; it must stay finite. "
+                "Lower the learning rate, and run `hilum check` on the dataset."
+            )
+        self.losses.append(float(loss.detach()))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.global_step == 1:
+            logger.info("first step after %.1f s", time.monotonic() - self.clock.began)
+        if self.average:
+            self.average.follow(self.network, self.global_step)
+        if self.settings.minutes and self.share_done >= 1:
+            self.trainer.should_stop = True
+
+    def whole_case(self, case: PreparedCase) -> tuple[Tensor, Tensor, Tensor]:
+        """A prepared scan, its truth, and the logits as segmentation makes them: window by window."""
+        image, truth = whole(case)
+        network = self.best_network.eval()
+        logits = blended_logits(image, network, self.plan.patch, self.plan.classes, Inference(), self.device)
+        self.network.train()
+        return image, truth, logits
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["minutes"] = {"trained": self.clock.trained, "prepared": self.clock.prepared}
+        checkpoint["losses"] = list(self.losses)
+        if self.average:
+            checkpoint["average"] = dict(self.average.network.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.clock.before, self.clock.prepared = checkpoint["minutes"]["trained"], checkpoint["minutes"]["prepared"]
+        self.losses = checkpoint["losses"]
+        if self.average:
+            self.average.network.load_state_dict(checkpoint["average"])
+
+
+class Keep(Callback):
+    """The training on disk, by the clock: at any step, for steps and not epochs are what a training is made of."""
+
+    def __init__(self, workshop: Workshop, every_seconds: float):
+        self.workshop, self.every_seconds = workshop, every_seconds
+        self.last = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        is_due = time.monotonic() - self.last > self.every_seconds or module.global_step == 1
+        if trainer.strategy.broadcast(is_due):
+            trainer.save_checkpoint(self.workshop.folder / "last.ckpt")
+            self.last = time.monotonic()
+            if trainer.is_global_zero:
+                for older in self.workshop.folder.glob("hpc_ckpt_*.ckpt"):  # Lightning would prefer it to ours
+                    older.unlink()
+
+
+class Watch(Callback):
+    """Tells MLflow and whoever watches: the loss after every epoch, Dice of some held-out cases as often as is cheap."""
+
+    def __init__(self, tracker: tracking.Tracker | None, progress: Progress, held_out: Sequence[PreparedCase]):
+        self.tracker, self.progress, self.held_out = tracker, progress, list(held_out)
+        self.pictured = -1
+        self.note = ""
+        self.free_from = 0.0
+        """Before this moment another validation would take more than its share of the time."""
+
+    def on_train_batch_end(self, trainer: Any, module: "Training", outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.global_step % module.steps_per_epoch == 0:
+            loss = trainer.strategy.reduce(torch.tensor(module.losses, dtype=torch.float64).mean(), reduce_op="mean")
+            module.losses.clear()
+            if self.tracker is not None:
+                self._after_epoch(trainer, module, float(loss))
+        self._tell(module)
+
+    def _after_epoch(self, trainer: Any, module: "Training", loss: float) -> None:
+        assert self.tracker is not None
+        told = {
+            "train/loss": loss,
+            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/minutes": module.clock.trained,
+        }
+        self.note = f", loss {loss:.3f}"
+        is_last = module.share_done >= 1 or module.global_step == module.last_step
+        if self.held_out and (time.monotonic() >= self.free_from or is_last):
+            told |= self._validated(module)
+        self.tracker.metrics(told, step=module.epoch - 1)
+        self.tracker.flush()  # before the next checkpoint: what a resumed run skips must be in the store
+
+    def _validated(self, module: "Training") -> dict[str, float]:
+        began = time.monotonic()
+        is_due = int(module.share_done * (PICTURES - 1)) > self.pictured
+        seen = self.held_out[:VALIDATION_CASES]
+        scores: dict[str, list[float]] = {}
+        for number, case in enumerate(seen, start=1):
+            image, truth, logits = module.whole_case(case)
+            for label, found, true in masks(logits.cpu(), truth, module.plan):
+                score = dice(found.numpy(), true.numpy())
+                if score is not None and case.looked_for(label, module.plan):
+                    scores.setdefault(f"val/dice_{label.name}", []).append(score)
+            loss = module.loss(logits[None].cpu(), truth[None], torch.tensor([case.annotated]))
+            scores.setdefault("val/loss", []).append(float(loss))
+            if is_due and number <= PICTURED_CASES:
+                self._draw(number, image, truth, logits.cpu(), module)
+        if is_due:
+            self.pictured = int(module.share_done * (PICTURES - 1))
+        seconds = time.monotonic() - began
+        self.free_from = time.monotonic() + seconds / VALIDATION_SHARE
+        module.clock.scoring = 1.2 * seconds / len(seen) * len(self.held_out) / 60
+        means = {name: float(np.mean(values)) for name, values in scores.items()}
+        dices = [mean for name, mean in means.items() if name != "val/loss"]
+        means["val/dice_mean"] = float(np.mean(dices)) if dices else 0.0
+        self.note += f", Dice {means['val/dice_mean']:.3f}"
+        return means
+
+    def _draw(self, number: int, image: Tensor, truth: Tensor, logits: Tensor, module: "Training") -> None:
+        assert self.tracker is not None
+        drawn, given = torch.zeros_like(truth), torch.zeros_like(truth)
+        for position, (_, found, true) in enumerate(masks(logits, truth, module.plan), start=1):
+            drawn[found], given[true] = position, position
+        picture = compare(image.numpy(), given.numpy(), drawn.numpy(), module.plan.labels, module.plan.spacing_mm)
+        self.tracker.picture(f"validation/case {number}", picture, step=max(0, module.epoch - 1))
+
+    def _tell(self, module: "Training") -> None:
+        total = module.settings.minutes or float(module.last_step / module.steps_per_epoch)
+        self.progress("train", module.share_done * total, total, f"epoch {module.epoch + 1}{self.note}")
+
+
+def masks(logits: Tensor, truth: Tensor, plan: Plan) -> Iterator[tuple[Label, Tensor, Tensor]]:
+    """For each label in turn: where it was found and where it is, of the voxels whose truth is known."""
+    known = truth >= 0
+    winner = None if plan.has_regions else logits.argmax(dim=0)
+    for number, (label, belongs) in enumerate(zip(plan.labels, torch.from_numpy(plan.membership), strict=True)):
+        found = logits[number] > 0 if winner is None else winner == number + 1
+        yield label, found & known, belongs[truth.clamp_min(0)] & known

@@ -1,0 +1,110 @@
+"""Where a prediction is worst, as a picture: the reference filled, the prediction as a line, in one colour per label."""
+
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Integer, UInt8
+from PIL import Image
+from scipy import ndimage
+
+from preprocessing.declared import PALETTE
+from preprocessing.steps import Orient
+from preprocessing.volume import Geometry, Volume
+
+from .references import Maps
+
+SIDE, GAP, LINE = 360, 8, 2
+"""Pixels of each of the three planes, between them, and of a contour."""
+FILL = 0.4
+MARGIN_MM = 12.0
+"""What is seen around the labels."""
+
+
+def colour(number: int) -> tuple[int, int, int]:
+    """Of the label of that number, from 0."""
+    return PALETTE[number % len(PALETTE)]
+
+
+def picture(maps: Maps, labels: Mapping[str, Sequence[int]], image: Volume | None) -> bytes:
+    """A PNG of the axial, coronal and sagittal slice with most voxels wrong, as a radiologist looks at them."""
+    predicted, given = (_turned(each, maps.geometry) for each in (maps.predicted, maps.given))
+    grey = image.voxels[0] if image is not None and image.geometry.matches(maps.geometry) else None
+    behind = np.zeros(maps.predicted.shape, np.uint8) if grey is None else grey
+    scan = _turned(behind, maps.geometry)
+    spacing = np.array(Orient().apply(_volume(maps.predicted, maps.geometry)).geometry.spacing)
+    box = _surroundings((predicted > 0) | (given > 0), spacing)
+    predicted, given, scan = predicted[box], given[box], scan[box]
+    shades = _shades(scan)
+    wrong = predicted != given
+    looked_at = wrong if wrong.any() else given > 0
+    planes = []
+    for through in (2, 1, 0):  # axial, coronal, sagittal
+        others = tuple(axis for axis in range(3) if axis != through)
+        index = int(np.argmax(looked_at.sum(axis=others)))
+        cut = [np.take(each, index, axis=through) for each in (shades, given, predicted)]
+        planes.append(_plane(cut[0], cut[1], cut[2], labels, spacing[list(others)]))
+    sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, max(plane.height for plane in planes)))
+    for number, plane in enumerate(planes):
+        left = number * (SIDE + GAP) + (SIDE - plane.width) // 2
+        sheet.paste(plane, (left, (sheet.height - plane.height) // 2))
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG", compress_level=5)
+    return buffer.getvalue()
+
+
+def _volume(voxels: np.ndarray, geometry: Geometry) -> Volume:
+    return Volume(voxels=voxels[None], geometry=geometry, channels=("shown",))
+
+
+def _turned(voxels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    """Along Right, Anterior, Superior."""
+    return Orient().apply(_volume(voxels, geometry)).voxels[0]
+
+
+def _surroundings(mask: Bool[np.ndarray, "x y z"], spacing: Float[np.ndarray, " 3"]) -> tuple[slice, slice, slice]:
+    found = ndimage.find_objects(mask.view(np.uint8))
+    if not found:
+        return slice(None), slice(None), slice(None)
+    widest = max((side.stop - side.start) * mm for side, mm in zip(found[0], spacing, strict=True))
+    margins = [int(np.ceil(max(MARGIN_MM, 0.15 * widest) / mm)) for mm in spacing]
+    x, y, z = (
+        slice(max(0, side.start - margin), side.stop + margin) for side, margin in zip(found[0], margins, strict=True)
+    )
+    return x, y, z
+
+
+def _shades(scan: np.ndarray) -> UInt8[np.ndarray, "x y z"]:
+    values = np.nan_to_num(scan.astype(np.float32))
+    low, high = np.percentile(values, [1, 99.5])
+    return (255 * np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)).astype(np.uint8)
+
+
+def _plane(
+    shade: UInt8[np.ndarray, "across down"],
+    given: Integer[np.ndarray, "across down"],
+    predicted: Integer[np.ndarray, "across down"],
+    labels: Mapping[str, Sequence[int]],
+    spacing: Float[np.ndarray, " 2"],
+) -> Image.Image:
+    extent = np.array(shade.shape) * spacing
+    size = np.maximum(1, np.round(extent * SIDE / extent.max())).astype(int)
+    canvas = np.array(_shown(shade, size, Image.Resampling.BICUBIC).convert("RGB")).astype(np.float32)
+    lines = np.zeros(canvas.shape[:2], bool), np.zeros_like(canvas)
+    for number, values in enumerate(labels.values()):
+        inside, drawn = (
+            np.array(_shown(np.isin(each, values).astype(np.uint8) * 255, size, Image.Resampling.BILINEAR)) > 127
+            for each in (given, predicted)
+        )
+        canvas[inside] = (1 - FILL) * canvas[inside] + FILL * np.array(colour(number))
+        # 1 beyond the picture: no contour where the crop cuts a label
+        edge = drawn & ~ndimage.binary_erosion(drawn, np.ones((3, 3)), iterations=LINE, border_value=1)
+        lines[0][edge], lines[1][edge] = True, colour(number)
+    canvas[lines[0]] = lines[1][lines[0]]
+    return Image.fromarray(canvas.round().astype(np.uint8))
+
+
+def _shown(plane: UInt8[np.ndarray, "across down"], size: np.ndarray, how: Image.Resampling) -> Image.Image:
+    """The patient's right on the left, anterior or superior on top."""
+    turned = np.ascontiguousarray(plane[::-1, ::-1].T)
+    return Image.fromarray(turned).resize((int(size[0]), int(size[1])), how)

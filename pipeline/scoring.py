@@ -1,0 +1,96 @@
+"""What the cases that were held out say of a trained network: how well it does, how sure it may be, what would help it."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Integer
+from torch import nn
+
+from preprocessing.datasets import CaseFiles, Dataset
+from preprocessing.plan import Plan
+from preprocessing.steps import Trail, prepare
+from preprocessing.volume import Case
+
+from .calibration import Calibration, Sample, calibrate, draw, sample_size
+from .postprocessing import HeldOut, Rule, tried
+from .prediction import Inference, Prediction, blended_logits, choose_device, class_names, decide, probabilities
+from .progress import Progress, silent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """All that is learnt from held-out cases; empty where nothing was held out."""
+
+    dice: dict[str, float] = field(default_factory=dict)
+    """Mean Dice per label over the cases that have it, on each scan's own grid."""
+    held_out: HeldOut = field(default_factory=HeldOut)
+    temperature: float | None = None
+    calibration: Calibration | None = None
+
+    @property
+    def mean_dice(self) -> float:
+        """Over labels; 0 where there are none."""
+        return float(np.mean(list(self.dice.values() or [0.0])))
+
+
+def score(
+    dataset: Dataset, held_out: Sequence[CaseFiles], network: nn.Module, plan: Plan, device: str,
+    progress: Progress = silent,
+) -> Scores:  # fmt: skip
+    """Every held-out case once, through the very hops that segmentation takes, without rules and at temperature 1."""
+    cases: dict[str, dict[str, float]] = {}
+    changes: dict[str, dict[Rule, dict[str, float]]] = {}
+    samples: list[Sample] = []
+    size = sample_size(len(held_out), plan)
+    network.to(choose_device(device)).eval()
+    for done, files in enumerate(held_out, start=1):
+        case = dataset.read(files)
+        key = case_key(case)
+        cases[key], changes[key], sample = _scored(case, files.annotated, network, plan, device, size)
+        samples += [sample] if sample else []
+        progress("score held-out cases", done, len(held_out))
+    temperature, calibration = calibrate(samples)
+    return Scores(
+        dice=_means(cases, plan),
+        held_out=HeldOut.of(cases, changes),
+        temperature=temperature,
+        calibration=calibration,
+    )
+
+
+def case_key(case: Case) -> str:
+    """What a case is called in a package: who has the scan can find it again, who only guesses names cannot."""
+    return hashlib.sha256(f"{case.image.provenance.sha256}:{case.id}".encode()).hexdigest()[:12]
+
+
+def _scored(
+    case: Case, annotated: Sequence[str] | None, network: nn.Module, plan: Plan, device: str, size: int
+) -> tuple[dict[str, float], dict[Rule, dict[str, float]], Sample | None]:
+    assert case.labels is not None
+    image, trail = prepare(case.image, plan.steps)
+    logits = blended_logits(
+        image.to_tensor(), network, plan.patch, plan.classes, Inference(device=device), choose_device(device)
+    )
+    rng = np.random.default_rng(int(case_key(case), 16))  # the same voxels whatever the order of the cases
+    sample = draw(logits.numpy(), _truth(case, trail, plan), plan, rng, size, annotated)
+    likely = image.with_voxels(probabilities(logits, plan).numpy(), channels=class_names(plan))
+    labels, _ = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
+    dice, changes = tried(labels, case.labels, plan, annotated)
+    return dice, changes, sample
+
+
+def _truth(case: Case, trail: Trail, plan: Plan) -> Integer[np.ndarray, "i j k"]:
+    """Numbers of parts on the prepared grid, -1 where nobody knows: under an ignored value, and beyond the scan."""
+    assert case.labels is not None
+    numbers = plan.numbered(trail.follow(case.labels).voxels[0])
+    scanned = trail.follow(case.labels.with_voxels(np.ones_like(case.labels.voxels)))
+    return np.where(scanned.voxels[0] == 0, -1, numbers)
+
+
+def _means(cases: dict[str, dict[str, float]], plan: Plan) -> dict[str, float]:
+    of_label = {
+        label.name: [dice[label.name] for dice in cases.values() if label.name in dice] for label in plan.labels
+    }
+    return {name: round(float(np.mean(values)), 4) for name, values in of_label.items() if values}
