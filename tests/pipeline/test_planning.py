@@ -22,7 +22,7 @@ CPU = Wishes(device="cpu")
 
 @pytest.fixture(autouse=True)
 def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "measure_machine", lambda device: Machine(memory_gb=8.0, cores=2, has_gpu=False))
+    monkeypatch.setattr(planning, "measure_machine", lambda device: Machine(memory_gb=8.0, cores=4, has_gpu=False))
 
 
 def a_dataset(shape: tuple[int, int, int] = (35, 50, 36), spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)):

@@ -175,8 +175,9 @@ def test_what_the_network_keeps_is_taken_off_the_memory():
 )
 def test_what_has_a_side_is_not_mirrored(names, mirrored):
     labels = tuple(Label(value=n, name=name, colour=(0, 0, 0)) for n, name in enumerate(names, start=1))
-    found, why = mirror_rule(labels)
+    found, why = mirror_rule(labels, Machine(memory_gb=8, cores=4, has_gpu=True))
     assert found == mirrored and "side" in why
+    assert mirror_rule(labels, LAPTOP)[0] == (False, False, False)
 
 
 def test_a_small_scan_is_seen_whole():
@@ -197,8 +198,8 @@ def test_two_windows_of_128_cubed_are_planned_for_8_gb_as_nnunet_does():
 
 
 def test_a_cpu_is_bound_by_time_and_a_full_one_by_memory():
-    assert voxel_budget(LAPTOP, Demand())[0] == 4 * 96_000
-    assert voxel_budget(replace(LAPTOP, memory_gb=0.5), Demand())[0] < 4 * 96_000
+    assert voxel_budget(LAPTOP, Demand())[0] == 4 * 48_000
+    assert voxel_budget(replace(LAPTOP, memory_gb=0.4), Demand())[0] < 4 * 48_000
 
 
 def test_spacing_is_the_median_where_voxels_are_about_cubes():
