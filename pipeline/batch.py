@@ -34,7 +34,13 @@ def segment(
     opened = open_package(package, settings.tracking_uri)
     refuse_unknown_match(settings.reading, opened.plan.channels)
     found = find_scans(scans, opened.plan.channels, out)
-    how = Inference(overlap=settings.overlap, flips=settings.flips, device=settings.device)
+    mirrors = opened.plan.recipe.mirror
+    if settings.flips and not any(mirrors):
+        raise UsageError(
+            f"flips were asked for, and {opened.name} was trained without mirrors: on a mirrored scan it would answer "
+            "nonsense. Leave --flips out, or train with recipe.mirror in the plan."
+        )
+    how = Inference(overlap=settings.overlap, flips=settings.flips, mirrors=mirrors, device=settings.device)
     choose_device(how.device)
     return work_through(found, out, _Segmenting(package=opened, settings=settings, how=how), progress)
 

@@ -31,17 +31,17 @@ import numpy as np
 from jaxtyping import Float32, Int16, Shaped
 
 from preprocessing.augment import IGNORED
+from preprocessing.cores import usable_cores
 from preprocessing.datasets import CaseFiles, Dataset, DatasetError
 from preprocessing.dicom import is_dicom
 from preprocessing.files import EXTENSIONS, sha256
 from preprocessing.patches import Places, cut
 from preprocessing.plan import Label, Plan
 from preprocessing.records import encode
-from preprocessing.steps import prepare
-from preprocessing.volume import ScanError
+from preprocessing.steps import Trail, prepare
+from preprocessing.volume import Case, ScanError
 
 from .errors import CacheError, is_users
-from .machine import usable_cores
 from .report import hilum_version
 from .scan import beside, ours
 
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 Triple = tuple[int, int, int]
 Found = TypeVar("Found")
 
-FORMAT = 1
+FORMAT = 2
 """Raised when what lies in a cached case changes its meaning; older cases are then left alone."""
 
 
@@ -174,7 +174,7 @@ def _prepared(
     case = dataset.read(files)
     assert case.labels is not None
     image, trail = prepare(case.image, plan.steps)
-    numbered = plan.numbered(trail.follow(case.labels).voxels)
+    numbered = truth(case, trail, plan)
     if _key(dataset, files, plan, folder.parent.parent) != folder.name:
         raise ScanError(
             f"{files.id} changed on disk since this run began; its files must stay as they are until it ends. "
@@ -182,6 +182,14 @@ def _prepared(
             "contradiction",
         )
     return image.voxels, numbered
+
+
+def truth(case: Case, trail: Trail, plan: Plan) -> Int16[np.ndarray, "1 i j k"]:
+    """Numbers of parts on the prepared grid; IGNORED where nobody knows: under an ignored value, and beyond the scan."""
+    assert case.labels is not None
+    numbers = plan.numbered(trail.follow(case.labels).voxels)
+    scanned = trail.follow(case.labels.with_voxels(np.ones_like(case.labels.voxels))).voxels
+    return np.where(scanned == 0, np.int16(IGNORED), numbers)
 
 
 @contextmanager

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from preprocessing.reading import Reading
 
+    from .scores import Evaluation
+
 DONE, OURS, USERS, SOME_FAILED, STOPPED = 0, 1, 2, 3, 130
 
 
@@ -187,9 +189,14 @@ def _describe_reading(parser: "ArgumentParser") -> None:
     """The settings of reading, for verbs that have no config."""
     from preprocessing.reading import Reading
 
-    said = _sentences(Reading)
-    parser.add_argument("--allow", type=_comma_list, default=(), help=said["allow"])
-    parser.add_argument("--match", default="", help=said["match"])
+    _describe_allow(parser)
+    parser.add_argument("--match", default="", help=_sentences(Reading)["match"])
+
+
+def _describe_allow(parser: "ArgumentParser") -> None:
+    from preprocessing.reading import Reading
+
+    parser.add_argument("--allow", type=_comma_list, default=(), help=_sentences(Reading)["allow"])
 
 
 def _describe_channels(parser: "ArgumentParser") -> None:
@@ -202,7 +209,7 @@ def _reading(said: "Namespace") -> "Reading":
     from .config import reading_of
 
     try:
-        return reading_of(said.allow, said.match)
+        return reading_of(said.allow, said.get("match", ""))
     except ValueError as error:
         raise UsageError(str(error)) from None
 
@@ -375,6 +382,7 @@ def _segment(said: "Namespace") -> int:
 def _describe_evaluate(parser: "ArgumentParser") -> None:
     parser.add_argument("predictions", type=Path, help="What `segment` wrote, or a folder of label files.")
     parser.add_argument("references", type=Path, help="A folder of label files of the same names, or a dataset.")
+    _describe_allow(parser)
     parser.add_argument(
         "--out", type=Path, required=True, help="The JSON to write; a CSV and a page of the same name come beside it."
     )
@@ -391,21 +399,32 @@ def _describe_evaluate(parser: "ArgumentParser") -> None:
 
 
 def _evaluate(said: "Namespace") -> int:
+    reading = _reading(said)
     from .evaluation import beside, evaluate, table
 
     bar = Bar()
     scores = evaluate(
         said.predictions, said.references, said.out, tolerance_mm=said.tolerance_mm, surface=said.surface,
-        against=said.against, progress=lambda done, of: bar("evaluate", done, of),
+        against=said.against, reading=reading, progress=lambda done, of: bar("evaluate", done, of),
     )  # fmt: skip
     print(table(scores))
     _say(f"see {beside(said.out, '.html')}")
+    if scores.left_out:
+        _say(f"drawn in DICOM objects and none of the labels, so left out: {', '.join(scores.left_out)}")
+    _say_lost(scores, "")
+    if scores.other:
+        _say_lost(scores.other, "the other prediction: ")
+    return SOME_FAILED if scores.failed or (scores.other and scores.other.failed) else DONE
+
+
+def _say_lost(scores: "Evaluation", whose: str) -> None:
+    """Every case that is in no mean."""
     for case, reason in scores.failed.items():
-        _say(f"{case}: {reason}")
+        _say(f"{whose}{case}: {reason}")
     for name, cases in (("prediction", scores.unmatched_references), ("reference", scores.unmatched_predictions)):
         if cases:
-            _say(f"no {name} for {len(cases)} case(s): {', '.join(cases[:5])}{' ...' if len(cases) > 5 else ''}")
-    return SOME_FAILED if scores.failed else DONE
+            more = " ..." if len(cases) > 5 else ""
+            _say(f"{whose}no {name} for {len(cases)} case(s): {', '.join(cases[:5])}{more}")
 
 
 def _describe_compare(parser: "ArgumentParser") -> None:
@@ -418,7 +437,10 @@ def _describe_compare(parser: "ArgumentParser") -> None:
 def _compare(said: "Namespace") -> int:
     from .contest import compare, table
 
-    print(table(compare(said.run, said.out)))
+    contest = compare(said.run, said.out)
+    print(table(contest))
+    for caution in contest.cautions:
+        _say(caution)
     _say(f"see {said.out}")
     return DONE
 

@@ -8,6 +8,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from preprocessing.plan import Label
 
+from .gallery import shades, shown
+
 SIDE, HEAD = 512, 40
 """Pixels: two squares beside each other under a line of words. MLflow's cards show pictures twice as wide as high best."""
 
@@ -23,8 +25,7 @@ def compare(
 
     The case comes as the network sees it, turned to Right-Anterior-Superior; it is shown as a radiologist looks at it.
     """
-    low, high = np.percentile(image[0], [1, 99.5])
-    shade = (255 * np.clip((image[0] - low) / max(float(high - low), 1e-6), 0, 1)).astype(np.uint8)
+    shade = shades(image[0])
     wide = Image.new("RGB", (2 * SIDE, SIDE + HEAD))
     for number, through in enumerate((2, 1)):  # axial, coronal
         others = tuple(axis for axis in range(3) if axis != through)
@@ -40,17 +41,15 @@ def _panel(planes: Sequence[np.ndarray], labels: Sequence[Label], spacing_mm: np
     shade, truth, found = planes
     extent = np.array(shade.shape) * spacing_mm
     size = np.maximum(1, np.round(extent * (SIDE - 8) / extent.max())).astype(int)
-    canvas = np.array(_shown(shade, size, Image.Resampling.BICUBIC).convert("RGB"))
+    canvas = np.array(shown(shade, size, Image.Resampling.BICUBIC).convert("RGB"))
     for number, label in enumerate(labels, start=1):
-        canvas[_edge(np.array(_shown(truth == number, size, Image.Resampling.NEAREST)) > 0)] = (255, 255, 255)
-        canvas[_edge(np.array(_shown(found == number, size, Image.Resampling.NEAREST)) > 0)] = label.colour
+        canvas[_edge(_mask(truth, number, size))] = (255, 255, 255)
+        canvas[_edge(_mask(found, number, size))] = label.colour
     return Image.fromarray(canvas)
 
 
-def _shown(plane: np.ndarray, size: np.ndarray, how: Image.Resampling) -> Image.Image:
-    """Right and then anterior or superior, turned so that the patient's right is on the left and the other on top."""
-    turned = np.ascontiguousarray(plane[::-1, ::-1].T.astype(np.uint8))
-    return Image.fromarray(turned * (255 if plane.dtype == bool else 1)).resize((int(size[0]), int(size[1])), how)
+def _mask(plane: Integer[np.ndarray, "across down"], number: int, size: np.ndarray) -> Bool[np.ndarray, "h w"]:
+    return np.array(shown((plane == number).astype(np.uint8), size, Image.Resampling.NEAREST)) > 0
 
 
 def _edge(mask: Bool[np.ndarray, "h w"], width: int = 3) -> Bool[np.ndarray, "h w"]:

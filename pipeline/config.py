@@ -103,7 +103,7 @@ class Segment:
     overlap: float = 0.5
     """Share of a window that its neighbour covers, per axis."""
     flips: bool = False
-    """Average over all eight mirrorings: eight times the time, a little more Dice."""
+    """Average over mirrorings of the axes that training mirrored: up to eight times the time, a little more Dice."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
     tracking_uri: str | None = None

@@ -1,8 +1,8 @@
 """compare: packages and evaluations beside each other, what differs between their scores, and between their settings."""
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from .significance import Difference, Spread, differences, interval_of_mean, spr
 Table = dict[str, dict[str, float | None]]
 """Label, case, value."""
 
+DEPENDS = {"nsd": ("tolerance_mm", "surface"), "hd95_mm": ("surface",), "assd_mm": ("surface",)}
+"""By metric, how it may be measured in more than one way: two such numbers have no difference."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
@@ -40,6 +43,15 @@ class Run:
         """Those that were measured at all."""
         return {case for of in self.scores.get(metric, {}).values() for case in of}
 
+    @property
+    def labels(self) -> set[str]:
+        """Those that its mean Dice is of."""
+        return set(self.scores.get("dice", self.means))
+
+    def way(self, metric: str) -> tuple[str | None, ...]:
+        """How that was measured."""
+        return tuple(self.settings.get(name) for name in DEPENDS.get(metric, ()))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
@@ -51,7 +63,8 @@ class Standing:
     interval: tuple[float, float] | None
     labels: dict[str, Spread]
     to_best: dict[str, Difference] | None
-    """This run minus the best, per label, over the cases both have; None: it is the best, or has no cases."""
+    """This run minus the best, per label, over the cases both have; None: it is the best, has no cases, or was measured in
+    another way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +74,17 @@ class Contest:
     runs: tuple[Run, ...]
     standings: dict[str, tuple[Standing, ...]]
     """By metric, the best first."""
-    same_cases: bool
-    """Whether all runs were measured on the same cases: else their means are of different patients."""
+
+    @property
+    def same_cases(self) -> bool:
+        """Whether all runs were measured on the same cases: else their means are of different patients."""
+        cases = [run.cases("dice") for run in self.runs]
+        return all(these and these == cases[0] for these in cases)
+
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """Why means that stand beside each other may not be compared, a sentence each."""
+        return tuple(_cautions(self))
 
     @property
     def differing(self) -> dict[str, dict[str, str]]:
@@ -79,12 +101,8 @@ def compare(runs: Sequence[Path], out: Path | None = None) -> Contest:
             f"{len(runs)} run was given; two or more are needed. Name packages and evaluations to compare."
         )
     read = tuple(_read(path, name) for path, name in zip(runs, _names(runs), strict=True))
-    cases = [run.cases("dice") for run in read]
-    contest = Contest(
-        runs=read,
-        standings={metric: standings for metric in TESTED if (standings := _standings(read, metric))},
-        same_cases=all(these and these == cases[0] for these in cases),
-    )
+    standings = {metric: found for metric in TESTED if (found := _standings(read, metric))}
+    contest = Contest(runs=read, standings=standings)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_whole(out, page(contest))
@@ -192,9 +210,8 @@ def _standings(runs: Sequence[Run], metric: str) -> tuple[Standing, ...]:
     sums = [_sum_up(run, metric) for run in runs if metric in run.scores or (metric == "dice" and run.means)]
     sign = 1 if less_is_better(metric) else -1
     ordered = sorted(sums, key=lambda one: (one.mean is None, sign * (one.mean or 0.0)))
-    tables = {run.name: run.scores.get(metric) for run in runs}
-    best = tables[ordered[0].run] if ordered else None
-    return tuple(_beside(one, best if place else None, tables[one.run]) for place, one in enumerate(ordered))
+    named = {run.name: run for run in runs}
+    return (*ordered[:1], *(_beside(one, named[one.run], named[ordered[0].run], metric) for one in ordered[1:]))
 
 
 def _sum_up(run: Run, metric: str) -> Standing:
@@ -207,24 +224,48 @@ def _sum_up(run: Run, metric: str) -> Standing:
     return Standing(
         run=run.name,
         mean=float(np.mean(means)) if means else None,
-        interval=_interval(of) if of else None,
+        interval=interval_of_mean(of) if of else None,
         labels=labels,
         to_best=None,
     )
 
 
-def _interval(of: Table) -> tuple[float, float] | None:
-    cases = {case: row for row, case in enumerate(dict.fromkeys(case for values in of.values() for case in values))}
-    table = np.full((len(cases), len(of)), np.nan)
-    for column, values in enumerate(of.values()):
-        for case, value in values.items():
-            table[cases[case], column] = np.nan if value is None else value
-    return interval_of_mean(table[~np.isnan(table).all(axis=1)])
+def _beside(one: Standing, run: Run, best: Run, metric: str) -> Standing:
+    own, of_best = run.scores.get(metric), best.scores.get(metric)
+    alike = run.way(metric) == best.way(metric)
+    return replace(one, to_best=differences(own, of_best) if own and of_best and alike else None)
 
 
-def _beside(one: Standing, best: Table | None, own: Table | None) -> Standing:
-    to_best = differences(own, best) if best and own else None
-    return Standing(run=one.run, mean=one.mean, interval=one.interval, labels=one.labels, to_best=to_best)
+def _cautions(contest: Contest) -> Iterator[str]:
+    runs = contest.runs
+    for metrics, name in (("NSD", "tolerance_mm"), ("NSD, HD95 and ASSD", "surface")):
+        ways = {run.name: run.settings[name] for run in runs if name in run.settings}
+        if len(set(ways.values())) > 1:
+            yield (
+                f"The runs were not measured with the same {name} ({_listed(ways)}), so their {metrics} cannot be compared, "
+                "and no difference is given. Evaluate them alike."
+            )
+    if len({frozenset(run.labels) for run in runs}) > 1:
+        labels = {run.name: f"{len(run.labels)}" for run in runs}
+        yield (
+            f"The runs were not measured by the same labels ({_listed(labels)}), so their means over labels, by which they are "
+            "ranked, are of different labels: look at each label."
+        )
+    if not contest.same_cases:
+        counts = {run.name: str(len(run.cases("dice")) or "none that it tells") for run in runs}
+        yield (
+            "The runs were not measured on the same cases, so their means are of different patients: look at the "
+            f"differences, which are of cases that two runs share. Cases: {_listed(counts)}."
+        )
+    if len({run.settings["measured by"] for run in runs}) > 1:
+        yield (
+            "A package keeps no names of cases, only their hashes, and an evaluation has names: the two share no case, and no "
+            "difference between them is given. Evaluate both on the same references for that."
+        )
+
+
+def _listed(by_run: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {said}" for name, said in by_run.items())
 
 
 # what is written
@@ -240,7 +281,7 @@ def page(contest: Contest) -> str:
     body = [
         f"<h1>{len(contest.runs)} runs</h1>",
         '<p class="quiet">for research, not for diagnosis</p>',
-        _caution(contest),
+        *(f'<div class="alarm">{text(caution)}</div>' for caution in contest.cautions),
         *(_section(metric, standings) for metric, standings in contest.standings.items()),
         _differing(contest),
         "<h2>How to read it</h2><p>Means over cases, below them their 95 % bootstrap intervals (over cases, 2000 resamples, seed "
@@ -250,16 +291,6 @@ def page(contest: Contest) -> str:
         f"<footer>hilum {text(hilum_version())} · for research, not for diagnosis</footer>",
     ]
     return document("Comparison of runs", "\n".join(body), style=STYLE + RUNS_STYLE)
-
-
-def _caution(contest: Contest) -> str:
-    if contest.same_cases:
-        return ""
-    counts = ", ".join(f"{run.name} {len(run.cases('dice')) or 'none that it tells'}" for run in contest.runs)
-    return (
-        '<div class="alarm">The runs were not measured on the same cases, so their means are of different patients: '
-        f"look at the differences, which are of cases that two runs share. Cases: {text(counts)}.</div>"
-    )
 
 
 def _section(metric: str, standings: Sequence[Standing]) -> str:

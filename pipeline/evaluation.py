@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from preprocessing.reading import STRICT, Reading
 from preprocessing.volume import ScanError
 
 from .errors import UsageError
@@ -49,14 +50,15 @@ def evaluate(
     tolerance_mm: float = 1.0,
     surface: Surface = "voxels",
     against: Path | None = None,
+    reading: Reading = STRICT,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Compares label maps case by case, matched by name; writes `out` (JSON), and a CSV and a page called the same beside it.
 
-    `predictions`: what `segment` wrote, or a folder of label files. `references`: a folder of label files, or a dataset
-    with `labelsTr` or `labels` in it. `labels`: value to name; else as the dataset or the package says, else the value.
-    `against`: other predictions of the same cases, to be told apart from these. `progress` is told cases done and cases
-    in all.
+    `predictions`: what `segment` wrote, or a folder of label files. `references`: another such folder, or a dataset: one
+    with `labelsTr` or `labels` in it, or a CSV. `labels`: value to name; else as the dataset or the package says, else the
+    value. `against`: other predictions of the same cases, to be told apart from these. `progress` is told cases done and
+    cases in all.
     """
     if tolerance_mm < 0:
         raise UsageError(f"a tolerance of {tolerance_mm:g} mm was asked for; 0 or more is needed. Give another.")
@@ -65,10 +67,8 @@ def evaluate(
             f"{out.name} was named for the JSON; a CSV and a page of the same name come beside it. Name it {out.stem}.json."
         )
     measure = Measure(spacing=(1.0, 1.0, 1.0), tolerance_mm=tolerance_mm, surface=surface)
-    key = read_key(references, predictions)
-    if labels is not None:
-        key = replace(key, labels={name: (value,) for value, name in labels.items()})
-    matched = [match(folder, references) for folder in (predictions, against) if folder]
+    key = read_key(references, predictions, reading, labels)
+    matched = [match(folder, key) for folder in (predictions, against) if folder]
     tell = _counting(progress, sum(len(one.pairs) for one in matched))
     evaluation = _evaluated(matched[0], key, measure, tell)
     if against:
@@ -91,8 +91,7 @@ def _evaluated(matched: Matched, key: Key, measure: Measure, tell: Callable[[], 
     failed: dict[str, str] = {}
     for case_id, reference_id in matched.pairs.items():
         try:
-            maps = read_maps(case_id, matched.predictions[case_id], matched.references[reference_id], key)
-            scores += compare(maps, case_id, key, measure, reference_id)
+            scores += compare(read_maps(case_id, matched, key), case_id, key, measure, reference_id)
         except (ScanError, OSError) as reason:
             failed[case_id] = str(reason)
             logger.warning("%s could not be compared: %s", case_id, reason)
@@ -151,13 +150,14 @@ def _evaluation(
     return Evaluation(
         measure=measure,
         mean_dice=_mean([each.dice for each in summary]),
-        mean_dice_interval=_interval_of_mean_dice(scores),
+        mean_dice_interval=interval_of_mean(_by_metric(scores, matched.pairs)["dice"]),
         summary=summary,
         scores=tuple(scores),
         failed=failed,
         unmatched_predictions=matched.unmatched_predictions,
         unmatched_references=matched.unmatched_references,
         partly_annotated=tuple(case for case, reference in matched.pairs.items() if reference in key.annotated),
+        left_out=key.left_out,
     )
 
 
@@ -175,16 +175,6 @@ def _summary(label: str, scores: Sequence[Score]) -> Summary:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
-
-
-def _interval_of_mean_dice(scores: Sequence[Score]) -> tuple[float, float] | None:
-    cases = {case: row for row, case in enumerate(dict.fromkeys(score.case_id for score in scores))}
-    labels = {label: column for column, label in enumerate(dict.fromkeys(score.label for score in scores))}
-    table = np.full((len(cases), len(labels)), np.nan)
-    for score in scores:
-        if score.dice is not None:
-            table[cases[score.case_id], labels[score.label]] = score.dice
-    return interval_of_mean(table[~np.isnan(table).all(axis=1)])
 
 
 def _against(ours: Evaluation, theirs: Evaluation, matched: Sequence[Matched]) -> dict[str, dict[str, Difference]]:
@@ -207,9 +197,9 @@ def _by_metric(scores: Sequence[Score], pairs: Mapping[str, str]) -> dict[str, d
 def write(evaluation: Evaluation, out: Path, matched: Matched | None = None, key: Key | None = None) -> Path:
     """The JSON, with the conventions inside it; a CSV of every case and label; and a page, with pictures where there are files."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(beside(out, ".csv"), as_csv(evaluation))
-    write_whole(beside(out, ".html"), page(evaluation, matched, key or Key()))
     write_whole(out, as_json(document(evaluation)))
+    write_whole(beside(out, ".csv"), as_csv(evaluation))
+    write_whole(beside(out, ".html"), page(evaluation, matched, key or Key()))  # last: pictures read files again
     return out
 
 
@@ -229,10 +219,17 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "summary": {each.label: _plain(each) for each in evaluation.summary},
         "against": None if evaluation.against is None else _plain_against(evaluation),
         "cases": _by_case(evaluation.scores),
+        **_lost(evaluation),
+        "partly_annotated": list(evaluation.partly_annotated),
+        "left_out": list(evaluation.left_out),
+    }
+
+
+def _lost(evaluation: Evaluation) -> dict[str, Any]:
+    return {
         "failed": evaluation.failed,
         "unmatched_predictions": list(evaluation.unmatched_predictions),
         "unmatched_references": list(evaluation.unmatched_references),
-        "partly_annotated": list(evaluation.partly_annotated),
     }
 
 
@@ -245,7 +242,7 @@ def _plain_against(evaluation: Evaluation) -> dict[str, Any]:
     assert evaluation.against is not None and evaluation.other is not None
     return {
         "mean_dice": evaluation.other.mean_dice,
-        "failed": evaluation.other.failed,
+        **_lost(evaluation.other),
         **{
             metric: {label: asdict(one) | {"said": one.said} for label, one in labels.items()}
             for metric, labels in evaluation.against.items()

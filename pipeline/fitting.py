@@ -2,7 +2,7 @@
 
 import copy
 import logging
-import os
+import signal
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from networks.parts import losses
+from preprocessing.cores import usable_cores
 from preprocessing.plan import Label, Plan
 
-from . import tracking
+from . import slurm, tracking
 from .cache import PreparedCase
 from .checkpoint import SafeCheckpoints
 from .comparison import compare
 from .config import Train
 from .data import Steps, Windows, whole
+from .errors import UsageError
 from .metrics import dice
 from .package import build_network
 from .prediction import Inference, blended_logits, choose_device
@@ -71,6 +73,9 @@ class Clock:
                 self.prepared, self.minutes,
             )  # fmt: skip
 
+    def stop(self) -> None:
+        self.before, self.started = self.trained, None
+
     @property
     def trained(self) -> float:
         """Minutes of training so far."""
@@ -101,12 +106,12 @@ def fit(
             max_epochs=-1,  # one endless epoch: windows are numbered, so a training can stop and go on at any step
             max_steps=-1 if settings.minutes else module.last_step,
             accelerator="cpu" if on_cpu else "gpu",
-            devices=settings.devices,
+            devices=[device.index] if device.index is not None and settings.devices == 1 else settings.devices,
             num_nodes=settings.nodes,
             strategy="auto" if settings.devices * settings.nodes == 1 else "ddp",
             precision="32-true" if on_cpu else "bf16-mixed",
             gradient_clip_val=12.0,  # nnU-Net v2
-            default_root_dir=workshop.folder,  # where SLURM's last checkpoint goes
+            default_root_dir=workshop.folder,
             logger=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -114,9 +119,10 @@ def fit(
             use_distributed_sampler=False,
             limit_val_batches=0,
             plugins=[SafeCheckpoints()],
-            callbacks=[Watch(tracker, progress, held_out), Keep(workshop, settings.keep_seconds)],
+            callbacks=[Follow(), Watch(tracker, progress, held_out), Keep(workshop, settings.keep_seconds)],
         )
         trainer.fit(module, ckpt_path=workshop.checkpoint, weights_only=None)
+    module.clock.stop()
     return module
 
 
@@ -172,7 +178,9 @@ class Training(lightning.LightningModule):
         self.steps_per_epoch = job.steps_per_epoch
         self.last_step = self.steps_per_epoch * job.epochs
         self.share_done = 0.0
-        self.losses: list[float] = []
+        self.losses: list[Tensor] = []
+        """Of the epoch in hand, on their device: to look at each would make a GPU wait."""
+        self.is_whole = all(all(case.annotated) for case in trained_on)
 
     @property
     def best_network(self) -> nn.Module:
@@ -186,12 +194,13 @@ class Training(lightning.LightningModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         on_gpu = self.device.type == "cuda"
-        workers = self.settings.workers if self.settings.workers is not None else on_gpu * len(os.sched_getaffinity(0))
+        share = max(1, usable_cores() // self.settings.devices)
+        workers = self.settings.workers if self.settings.workers is not None else on_gpu * share
         steps = Steps(
             first=self.global_step, batch=self.plan.batch, rank=self.trainer.global_rank, ranks=self.trainer.world_size
         )
         windows = Windows(self.trained_on, self.plan, self.recipe, seed=self.settings.seed)
-        return DataLoader(windows, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu)
+        return DataLoader(windows, batch_sampler=steps, num_workers=workers, pin_memory=on_gpu, worker_init_fn=_deaf)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         recipe, weights = self.recipe, self.network.parameters()
@@ -219,22 +228,30 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         image, target, annotated = batch
-        loss = self.loss(self.network(image), target, annotated)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss became {loss.item()} in step {self.global_step}; it must stay finite. "
-                "Lower the learning rate, and run `hilum check` on the dataset."
-            )
-        self.losses.append(float(loss.detach()))
+        loss = self.loss(self.network(image), target, None if self.is_whole else annotated)
+        self.losses.append(loss.detach())
         return loss
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.global_step == 1:
-            logger.info("first step after %.1f s", time.monotonic() - self.clock.began)
-        if self.average:
-            self.average.follow(self.network, self.global_step)
-        if self.settings.minutes and self.share_done >= 1:
-            self.trainer.should_stop = True
+    def mean_loss(self) -> Tensor:
+        """Of the epoch so far."""
+        each = torch.stack(self.losses)
+        if not torch.isfinite(each).all():
+            wrong = int((~torch.isfinite(each)).nonzero()[0])
+            raise UsageError(
+                f"the loss became {each[wrong].item()} in step {self.global_step - len(each) + wrong + 1}; it must stay "
+                "finite. Lower the learning rate, and run `hilum check` on the dataset."
+            )
+        return each.double().mean()
+
+    def refuse_broken_weights(self) -> None:
+        """Before they are kept: on disk there is always a state that one can go on from."""
+        if self.losses:
+            self.mean_loss()
+        if not all(bool(weights.isfinite().all()) for weights in self.network.parameters()):
+            raise UsageError(
+                f"a weight became infinite or not a number in step {self.global_step}; all must stay finite. Lower the "
+                "learning rate; --resume goes on from the last state that was whole."
+            )
 
     def whole_case(self, case: PreparedCase) -> tuple[Tensor, Tensor, Tensor]:
         """A prepared scan, its truth, and the logits as segmentation makes them: window by window."""
@@ -245,16 +262,36 @@ class Training(lightning.LightningModule):
         return image, truth, logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["minutes"] = {"trained": self.clock.trained, "prepared": self.clock.prepared}
-        checkpoint["losses"] = list(self.losses)
+        clock = self.clock
+        checkpoint["minutes"] = {"trained": clock.trained, "prepared": clock.prepared, "scoring": clock.scoring}
+        checkpoint["losses"] = [float(loss) for loss in self.losses]
         if self.average:
             checkpoint["average"] = dict(self.average.network.state_dict())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.clock.before, self.clock.prepared = checkpoint["minutes"]["trained"], checkpoint["minutes"]["prepared"]
-        self.losses = checkpoint["losses"]
+        minutes, clock = checkpoint["minutes"], self.clock
+        clock.before, clock.prepared, clock.scoring = minutes["trained"], minutes["prepared"], minutes["scoring"]
+        self.losses = [torch.tensor(loss, device=self.device) for loss in checkpoint["losses"]]
         if self.average:
             self.average.network.load_state_dict(checkpoint["average"])
+
+
+def _deaf(_: int) -> None:
+    """A loader hears no Ctrl-C: the process it loads for decides when both end, and says so."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Follow(Callback):
+    """What must be done after every step before it is looked at or kept; callbacks come before the module's own hooks."""
+
+    def on_train_batch_end(self, trainer: Any, module: "Training", outputs: Any, batch: Any, batch_idx: int) -> None:
+        if module.global_step == 1:
+            logger.info("first step after %.1f s", time.monotonic() - module.clock.began)
+        if module.average:
+            module.average.follow(module.network, module.global_step)
+        if module.settings.minutes and module.share_done >= 1:
+            trainer.should_stop = True
 
 
 class Keep(Callback):
@@ -265,13 +302,13 @@ class Keep(Callback):
         self.last = time.monotonic()
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        is_due = time.monotonic() - self.last > self.every_seconds or module.global_step == 1
+        is_due = time.monotonic() - self.last > self.every_seconds or module.global_step == 1 or slurm.is_time_up()
         if trainer.strategy.broadcast(is_due):
+            module.refuse_broken_weights()
             trainer.save_checkpoint(self.workshop.folder / "last.ckpt")
             self.last = time.monotonic()
-            if trainer.is_global_zero:
-                for older in self.workshop.folder.glob("hpc_ckpt_*.ckpt"):  # Lightning would prefer it to ours
-                    older.unlink()
+            if slurm.is_time_up() and trainer.is_global_zero:
+                slurm.requeue()
 
 
 class Watch(Callback):
@@ -286,7 +323,7 @@ class Watch(Callback):
 
     def on_train_batch_end(self, trainer: Any, module: "Training", outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.global_step % module.steps_per_epoch == 0:
-            loss = trainer.strategy.reduce(torch.tensor(module.losses, dtype=torch.float64).mean(), reduce_op="mean")
+            loss = trainer.strategy.reduce(module.mean_loss(), reduce_op="mean")
             module.losses.clear()
             if self.tracker is not None:
                 self._after_epoch(trainer, module, float(loss))

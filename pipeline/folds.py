@@ -8,6 +8,8 @@ from typing import Literal
 
 from preprocessing.plan import Fingerprint
 
+from .errors import UsageError
+
 SEED = 12345
 """The same cases give the same folds, on every machine and in every training."""
 
@@ -37,8 +39,7 @@ def split(cases: Sequence[FoldCase], fold: int | Literal["all"], folds: int) -> 
     if fold == "all":
         return ids, []
     _refuse(fold, folds, patients := _patients(cases))
-    parts = _parts(patients, min(folds, len(patients)))
-    part = parts[fold if fold < len(parts) else 0]  # fewer patients than folds: there is no other part to hold out
+    part = _parts(patients, min(folds, len(patients)))[fold]
     held_out = {case.id for patient in part for case in patient}
     return [one for one in ids if one not in held_out], sorted(held_out)
 
@@ -58,17 +59,22 @@ def _patients(cases: Sequence[FoldCase]) -> list[Patient]:
 
 def _refuse(fold: int, folds: int, patients: Sequence[Patient]) -> None:
     if folds < 2:
-        raise ValueError(
+        raise UsageError(
             f"{folds} fold was asked for; with fewer than two nothing is left to train on. "
             "Ask for more folds, or for fold 'all', which holds nothing out."
         )
     if not 0 <= fold < folds:
-        raise ValueError(f"fold {fold} of {folds} was asked for; folds count from 0 to {folds - 1}, or are 'all'.")
+        raise UsageError(f"fold {fold} of {folds} was asked for; folds count from 0 to {folds - 1}, or are 'all'.")
     if len(patients) < 2:
         cases = sum(len(patient) for patient in patients)
-        raise ValueError(
+        raise UsageError(
             f"{cases} case(s) of {len(patients)} patient(s) were given; training needs at least two patients, one of them "
             "to be held out. Add one, or train on everything with fold 'all'."
+        )
+    if fold >= len(patients):
+        raise UsageError(
+            f"fold {fold} of {folds} was asked for; {len(patients)} patients, held out one at a time, make folds 0 to "
+            f"{len(patients) - 1}. Ask for one of these."
         )
 
 

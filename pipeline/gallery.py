@@ -33,16 +33,17 @@ def picture(maps: Maps, labels: Mapping[str, Sequence[int]], image: Volume | Non
     behind = np.zeros(maps.predicted.shape, np.uint8) if grey is None else grey
     scan = _turned(behind, maps.geometry)
     spacing = np.array(Orient().apply(_volume(maps.predicted, maps.geometry)).geometry.spacing)
-    box = _surroundings((predicted > 0) | (given > 0), spacing)
+    every = [value for values in labels.values() for value in values]
+    box = _surroundings(np.isin(predicted, every) | np.isin(given, every), spacing)
     predicted, given, scan = predicted[box], given[box], scan[box]
-    shades = _shades(scan)
-    wrong = predicted != given
-    looked_at = wrong if wrong.any() else given > 0
+    shade = shades(scan)
+    wrong = _wrong(predicted, given, labels)
+    looked_at = wrong if wrong.any() else np.isin(given, every)
     planes = []
     for through in (2, 1, 0):  # axial, coronal, sagittal
         others = tuple(axis for axis in range(3) if axis != through)
         index = int(np.argmax(looked_at.sum(axis=others)))
-        cut = [np.take(each, index, axis=through) for each in (shades, given, predicted)]
+        cut = [np.take(each, index, axis=through) for each in (shade, given, predicted)]
         planes.append(_plane(cut[0], cut[1], cut[2], labels, spacing[list(others)]))
     sheet = Image.new("RGB", (3 * SIDE + 2 * GAP, max(plane.height for plane in planes)))
     for number, plane in enumerate(planes):
@@ -74,7 +75,19 @@ def _surroundings(mask: Bool[np.ndarray, "x y z"], spacing: Float[np.ndarray, " 
     return x, y, z
 
 
-def _shades(scan: np.ndarray) -> UInt8[np.ndarray, "x y z"]:
+def _wrong(
+    predicted: Integer[np.ndarray, "x y z"], given: Integer[np.ndarray, "x y z"], labels: Mapping[str, Sequence[int]]
+) -> Bool[np.ndarray, "x y z"]:
+    """Where a label is on one side alone: values that differ may be one region, or nothing that was looked for."""
+    wrong = predicted != given
+    pairs = predicted[wrong], given[wrong]
+    apart = [np.logical_xor(*(np.isin(each, values) for each in pairs)) for values in labels.values()]
+    wrong[wrong] = np.any(apart, axis=0)
+    return wrong
+
+
+def shades(scan: np.ndarray) -> UInt8[np.ndarray, "x y z"]:
+    """Greys in which all but the brightest and darkest voxels can be told apart."""
     values = np.nan_to_num(scan.astype(np.float32))
     low, high = np.percentile(values, [1, 99.5])
     return (255 * np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)).astype(np.uint8)
@@ -89,11 +102,11 @@ def _plane(
 ) -> Image.Image:
     extent = np.array(shade.shape) * spacing
     size = np.maximum(1, np.round(extent * SIDE / extent.max())).astype(int)
-    canvas = np.array(_shown(shade, size, Image.Resampling.BICUBIC).convert("RGB")).astype(np.float32)
+    canvas = np.array(shown(shade, size, Image.Resampling.BICUBIC).convert("RGB")).astype(np.float32)
     lines = np.zeros(canvas.shape[:2], bool), np.zeros_like(canvas)
     for number, values in enumerate(labels.values()):
         inside, drawn = (
-            np.array(_shown(np.isin(each, values).astype(np.uint8) * 255, size, Image.Resampling.BILINEAR)) > 127
+            np.array(shown(np.isin(each, values).astype(np.uint8) * 255, size, Image.Resampling.BILINEAR)) > 127
             for each in (given, predicted)
         )
         canvas[inside] = (1 - FILL) * canvas[inside] + FILL * np.array(colour(number))
@@ -104,7 +117,7 @@ def _plane(
     return Image.fromarray(canvas.round().astype(np.uint8))
 
 
-def _shown(plane: UInt8[np.ndarray, "across down"], size: np.ndarray, how: Image.Resampling) -> Image.Image:
+def shown(plane: UInt8[np.ndarray, "across down"], size: np.ndarray, how: Image.Resampling) -> Image.Image:
     """The patient's right on the left, anterior or superior on top."""
     turned = np.ascontiguousarray(plane[::-1, ::-1].T)
     return Image.fromarray(turned).resize((int(size[0]), int(size[1])), how)

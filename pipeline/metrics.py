@@ -13,7 +13,6 @@ Empty in both: there is nothing to measure, and everything is None. Empty in one
 exist; lesion F1 is 0, and so is recall where the reference has lesions, precision where the mask has; the other is None.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Integer, UInt8
 from scipy import ndimage
 from scipy.spatial import cKDTree
+
+from preprocessing.cores import usable_cores
 
 from .lesions import lesions_in, meeting
 
@@ -98,7 +99,7 @@ def agreements(
         return _measured(mask, truth, measure)
 
     largest_first = sorted(labels, key=lambda name: -_size(around[name]))
-    with ThreadPoolExecutor(_cores()) as pool:  # numpy and the search for neighbours let other threads run
+    with ThreadPoolExecutor(usable_cores()) as pool:  # numpy and the search for neighbours let other threads run
         found = dict(zip(largest_first, pool.map(measured, largest_first), strict=True))
     return {name: found[name] for name in labels}
 
@@ -250,7 +251,3 @@ def _around(boxes: Sequence[Box | None]) -> Box | None:
 
 def _size(box: Box | None) -> int:
     return int(np.prod([side.stop - side.start for side in box])) if box else 0
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,11 +1,13 @@
 """A trained model as a folder a person can read: package.json, weights-fold0.safetensors, card.md. Never a pickle."""
 
+import fcntl
 import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -194,9 +196,36 @@ def save(
 
     Post-processing is chosen anew, from the held-out cases of every fold that is there.
     """
+    with _alone(folder):
+        return _saved(folder, network, name, network_name, network_config, plan, str(fold_number), fold)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Folds that end at the same moment wait for each other; the system lets go when the holder is killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = os.open(folder.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(parent, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(parent)
+
+
+def _saved(
+    folder: Path, network: "nn.Module", name: str, network_name: str, network_config: dict[str, Any], plan: Plan,
+    number: str, fold: Fold,
+) -> ModelPackage:  # fmt: skip
     from safetensors.torch import save as serialise
 
+    recover(folder)
     before = ModelPackage.load(folder).record if (folder / "package.json").exists() else None
+    if before and (before.network, before.network_config, before.plan) != (network_name, network_config, plan):
+        raise PackageError(
+            f"{folder} was made meanwhile by another plan or network; all folds of a package share both. "
+            "Move it away and pack this fold with --resume, or train the others by the plan of the first (--plan)."
+        )
     building = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir(parents=True)
@@ -206,7 +235,7 @@ def save(
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
     # not by safetensors' own save_file: what it writes is readable by its writer alone
     (building / fold.weights).write_bytes(serialise(state))
-    folds = (before.folds if before else {}) | {str(fold_number): fold}
+    folds = (before.folds if before else {}) | {number: fold}
     folds = dict(sorted(folds.items(), key=lambda item: (not item[0].isdecimal(), len(item[0]), item[0])))
     record = Package(
         format=FORMAT,
@@ -218,7 +247,7 @@ def save(
         plan=plan,
         folds=folds,
         versions=library_versions(),
-        postprocessing=choose({number: fold.held_out for number, fold in folds.items()}, plan),
+        postprocessing=choose(_each_case_once(folds), plan),
     )
     record = decode(Package, encode(record), where="package.json")  # as it will be read: a whole number may become 3.0
     (building / "card.md").write_text(card(record))
@@ -226,6 +255,15 @@ def save(
     (building / "package.json").write_text(_rendered(replace(record, id=_seal(record))))
     swap(building, folder)
     return ModelPackage.load(folder)
+
+
+def _each_case_once(folds: Mapping[str, Fold]) -> dict[str, HeldOut]:
+    """Folds of another division (--folds) may hold out the same cases: those that do so again say nothing new."""
+    distinct: dict[str, HeldOut] = {}
+    for number, fold in folds.items():
+        if not any(fold.held_out.cases.keys() & other.cases.keys() for other in distinct.values()):
+            distinct[number] = fold.held_out
+    return distinct
 
 
 def card(record: Package) -> str:
@@ -240,7 +278,7 @@ def card(record: Package) -> str:
         "",
         "| label | value in the label map | mean Dice on held-out cases |",
         "|---|---|---|",
-        *(f"| {label.name} | {label.value} | {_folds_mean(record, label.name)} |" for label in plan.labels),
+        *(f"| {label.name} | {label.value} | {_mean_dice(record, label.name)} |" for label in plan.labels),
         "",
         f"Measured on {cases} held-out case(s) of the dataset it was trained on, on each scan's own grid. Scans from other "
         "scanners, protocols or patients may do worse; measure with `hilum evaluate` on your own references.",
@@ -323,8 +361,11 @@ def _said_of_rule(chosen: Chosen) -> str:
     )
 
 
-def _folds_mean(record: Package, label: str) -> str:
-    scores = [fold.dice[label] for fold in record.folds.values() if label in fold.dice]
+def _mean_dice(record: Package, label: str) -> str:
+    """Over cases, as `compare` has it; over folds where a package does not tell its cases."""
+    folds = record.folds.values()
+    cases = [dice[label] for fold in folds for dice in fold.held_out.cases.values() if label in dice]
+    scores = cases or [fold.dice[label] for fold in folds if label in fold.dice]
     return f"{sum(scores) / len(scores):.3f}" if scores else "not present in held-out cases"
 
 

@@ -16,11 +16,13 @@ from preprocessing.plan import Fingerprint, Plan, Recipe, Triple, with_patch
 from preprocessing.reading import STRICT, Reading
 from preprocessing.records import decode
 from preprocessing.rules import Demand, Machine, Spacing, make_plan
+from preprocessing.steps import Resample
 
 from .config import refuse_unknown_match
 from .errors import UsageError
 from .footprint import BESIDE_GB, PROCESS_GB, Footprint, Precision, footprint
 from .machine import measure_machine
+from .prediction import choose_device
 from .progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -70,13 +72,26 @@ def plan(
 
 def planned(fingerprint: Fingerprint, wishes: Wishes = Wishes()) -> tuple[Plan, Any]:
     """The plan, its window one that the network accepts, and the network's Config with the stages that suit it."""
+    choose_device(wishes.device)  # a GPU that is not there is refused, not planned for as a CPU
     module, machine = networks.load(wishes.network), measure_machine(wishes.device)
     if wishes.memory_gb and wishes.mode == "hilum":
         machine = replace(machine, memory_gb=wishes.memory_gb)
     made = _made(fingerprint, module, machine, wishes) if wishes.plan is None else Plan.read(wishes.plan)
+    if wishes.plan:
+        _refuse_two_spacings(made, wishes.plan)
+    made = replace(made, network_options=made.network_options | wishes.network_options)
     config = _config(module, made, wishes)
     made = _accepted(made, module.divisor(config), wishes)
     return _with_memory(made, module, config, machine, wishes), config
+
+
+def _refuse_two_spacings(made: Plan, path: Path) -> None:
+    for step in made.steps:
+        if isinstance(step, Resample) and step.spacing_mm != made.spacing_mm:
+            raise UsageError(
+                f"{path} says spacing_mm {made.spacing_mm}, and {step.spacing_mm} in its resample step; scans can only be "
+                "brought to one. Write the same in both."
+            )
 
 
 def _made(fingerprint: Fingerprint, module: ModuleType, machine: Machine, wishes: Wishes) -> Plan:

@@ -5,7 +5,7 @@ better than worse beyond chance (a one-sided sign test over the cases it changes
 of eight). So five cases must have gained before a package takes anything away: what is lost may be a finding.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import comb
@@ -17,6 +17,7 @@ from scipy import ndimage
 
 from preprocessing.plan import Plan
 from preprocessing.records import BadRecord
+from preprocessing.regions import around, carrying, values_of
 from preprocessing.volume import Volume
 
 TOUCHING = ndimage.generate_binary_structure(3, 3)
@@ -112,7 +113,7 @@ Rule = LargestOfAll | Largest | NoSmaller | NoHoles
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What a rule did to one case; the volumes are those of the values in the label map."""
+    """What a rule did to one case; a region loses and gains what the regions within it do."""
 
     rule: str
     removed_ml: dict[str, float] = field(default_factory=dict)
@@ -379,22 +380,18 @@ def _parts(voxels: Integer[np.ndarray, "i j k"], label: str, plan: Plan) -> Part
     if label and label not in names:
         raise BadRecord(f"a rule is for {label!r}; the labels are {', '.join(names)}. Use one of these.")
     own = 1 + names.index(label) if label else 0
-    values = plan.lookup[covers(plan)[own - 1]] if label else plan.lookup[1:]
-    boxes = ndimage.find_objects(voxels, max_label=int(plan.lookup.max()))
-    met = [box for value in values if (box := boxes[value - 1])]
-    if not met:
+    values = values_of(plan.labels)[label] if label else tuple(each.value for each in plan.labels)
+    box = around(ndimage.find_objects(voxels, max_label=int(plan.lookup.max())), values)
+    if box is None:
         return None
-    i, j, k = (slice(min(box[n].start for box in met), max(box[n].stop for box in met)) for n in range(3))
-    inside = voxels[i, j, k]
-    mask = inside == values[0] if len(values) == 1 else np.isin(inside, values)
-    return Parts(box=(i, j, k), voxels=inside, mask=mask, beneath=_beneath(plan, own), own=own)
+    inside = voxels[box]
+    return Parts(box=box, voxels=inside, mask=carrying(inside, values), beneath=_beneath(plan, own), own=own)
 
 
 def covers(plan: Plan) -> Bool[np.ndarray, "label found"]:
     """Which numbers of `plan.lookup` in a map count as each label: its own, and those of regions that lie within it."""
-    members = plan.membership
-    within = [[bool((inner <= outer).all()) for inner in members] for outer in members]
-    return np.array([[False, *row] for row in within])
+    values = values_of(plan.labels)
+    return np.array([[False, *(inner.value in values[outer.name] for inner in plan.labels)] for outer in plan.labels])
 
 
 def _beneath(plan: Plan, number: int) -> int:
@@ -409,16 +406,16 @@ def _beneath(plan: Plan, number: int) -> int:
 def _applied(rule: Rule, edit: Edit | None, plan: Plan, voxel_ml: float) -> Applied:
     if edit is None:
         return Applied(rule=rule.words)
-    names = {int(plan.lookup[n]): label.name for n, label in enumerate(plan.labels, start=1)}
-    removed = dict(_volumes(edit.voxels[edit.where], names, voxel_ml))
-    added = int(edit.where.sum()) * voxel_ml
-    becomes = names.get(int(plan.lookup[edit.becomes]))
-    return Applied(rule=rule.words, removed_ml=removed, added_ml={becomes: round(added, 6)} if becomes else {})
+    was, becomes = edit.voxels[edit.where], int(plan.lookup[edit.becomes])
+    lost, gained = {}, {}
+    for name, values in values_of(plan.labels).items():
+        before = int(carrying(was, values).sum())
+        if becomes in values:
+            gained[name] = len(was) - before
+        else:
+            lost[name] = before
+    return Applied(rule=rule.words, removed_ml=_volumes(lost, voxel_ml), added_ml=_volumes(gained, voxel_ml))
 
 
-def _volumes(
-    voxels: Integer[np.ndarray, " voxel"], names: Mapping[int, str], voxel_ml: float
-) -> Iterator[tuple[str, float]]:
-    for value, count in zip(*np.unique(voxels, return_counts=True), strict=True):
-        if int(value) in names:
-            yield names[int(value)], round(int(count) * voxel_ml, 6)
+def _volumes(counts: Mapping[str, int], voxel_ml: float) -> dict[str, float]:
+    return {name: round(count * voxel_ml, 6) for name, count in counts.items() if count}

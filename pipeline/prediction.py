@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels import window_blend
 from preprocessing.patches import bell, grid
+from preprocessing.regions import carrying, values_of
 from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
@@ -31,7 +32,9 @@ class Inference:
     overlap: float = 0.5
     """Share of a window that its neighbour covers, per axis."""
     flips: bool = False
-    """Average over all eight mirrorings: eight times the time, a little more Dice."""
+    """Average over mirrorings, of every axis that `mirrors` names: up to eight times the time, a little more Dice."""
+    mirrors: tuple[bool, bool, bool] = (True, True, True)
+    """Which axes flips mirror: those that training mirrored. On others a network answers nonsense."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
 
@@ -137,16 +140,17 @@ def blended_logits(
     with torch.inference_mode():
         for i, j, k in starts:
             window = scan[:, i : i + patch[0], j : j + patch[1], k : k + patch[2]]
-            logits = _flipped_mean(window[None].to(device), network, how.flips)[0].float().cpu()
+            logits = _flipped_mean(window[None].to(device), network, how)[0].float().cpu()
             total = window_blend.fused(total, logits, bells[0], bells[1], bells[2], (i, j, k))
     return total / (weights[0][:, None, None] * weights[1][None, :, None] * weights[2][None, None, :])
 
 
-def _flipped_mean(window: Tensor, network: nn.Module, flips: bool) -> Tensor:
-    if not flips:
+def _flipped_mean(window: Tensor, network: nn.Module, how: Inference) -> Tensor:
+    if not how.flips:
         return network(window)
-    axes = [[axis for axis, on in zip((2, 3, 4), choice, strict=True) if on] for choice in product((0, 1), repeat=3)]
-    return torch.stack([network(window.flip(some)).flip(some) for some in axes]).mean(dim=0)
+    axes = [axis for axis, mirrored in zip((2, 3, 4), how.mirrors, strict=True) if mirrored]
+    subsets = [some for size in range(len(axes) + 1) for some in combinations(axes, size)]
+    return torch.stack([network(window.flip(some)).flip(some) for some in subsets]).mean(dim=0)
 
 
 def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
@@ -188,12 +192,15 @@ def _native(probabilities: Volume, number: int, trail: "Trail", outside: float =
 
 
 def confidence_in(labels: Volume, decided: Volume, strength: Volume, plan: "Plan") -> dict[str, float]:
-    """Mean probability of each label where it won and was kept; what a rule filled in won nothing and does not count."""
+    """Mean probability of each label where it won and was kept; what a rule filled in won nothing and does not count.
+
+    A region is also where the regions within it won, with the probability of these.
+    """
     confidence = {}
-    for label in plan.labels:
-        kept = (labels.voxels == label.value) & (decided.voxels == label.value)
+    for name, values in values_of(plan.labels).items():
+        kept = carrying(labels.voxels, values) & carrying(decided.voxels, values)
         if kept.any():
-            confidence[label.name] = round(float(strength.voxels[kept].mean()), 4)
+            confidence[name] = round(float(strength.voxels[kept].mean()), 4)
     return confidence
 
 

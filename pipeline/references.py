@@ -1,7 +1,7 @@
 """Predictions and the references they are measured by: which belongs to which, what labels are called, where images lie."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from preprocessing import files
-from preprocessing.datasets import is_dataset, open_dataset
+from preprocessing import datasets, files
+from preprocessing.datasets import CaseFiles, Dataset, Finding, is_dataset, label_table, open_dataset
 from preprocessing.declared import Declared, declared
 from preprocessing.dicom import is_dicom
 from preprocessing.dicom import labels as dicom_labels
-from preprocessing.volume import Geometry, GeometryMismatch, ScanError, UnreadableScan, Volume
+from preprocessing.plan import Label
+from preprocessing.reading import STRICT, Reading
+from preprocessing.regions import values_of
+from preprocessing.volume import Geometry, GeometryMismatch, ScanError, Volume
 
 from .errors import UsageError
 from .outputs.labels import FILE_NAME as LABELS_FILE
@@ -22,8 +25,9 @@ from .outputs.labels import NRRD_FILE_NAME as NRRD_FILE
 from .outputs.measurements import FILE_NAME as MEASUREMENTS_FILE
 from .report import FILE_NAME as REPORT_FILE
 
-MOST = 65535
-"""The highest value of a label."""
+# importing what writes the DICOM ones would import highdicom
+WRITTEN = (LABELS_FILE, NRRD_FILE, "labels.dcm", "labels-labelmap.dcm", "contours.dcm")
+"""Label maps as `segment` writes them into the folder of a case; of several the first is taken."""
 
 
 class NothingToEvaluate(UsageError):
@@ -32,8 +36,10 @@ class NothingToEvaluate(UsageError):
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """How references are to be read."""
+    """The references, and how they are to be read."""
 
+    files: dict[str, Path] = field(default_factory=dict)
+    """Case to its label map."""
     labels: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Name to value; to several values, where the label is a region and may overlap others."""
     ignored: int | None = None
@@ -42,6 +48,9 @@ class Key:
     """Case to the labels that were looked for in it; a case that is not here was looked through for all of them."""
     images: dict[str, tuple[Path, ...]] = field(default_factory=dict)
     """The scans that references were drawn on, where the dataset has them."""
+    reading: Reading = STRICT
+    left_out: tuple[str, ...] = ()
+    """What DICOM objects on either side hold and no label is called."""
 
     def of(self, case: str) -> dict[str, tuple[int, ...]]:
         """The labels by which a case may be measured."""
@@ -67,36 +76,61 @@ class Matched:
         return tuple(case for case in self.references if case not in set(self.pairs.values()))
 
 
-def match(predictions: Path, references: Path) -> Matched:
+def match(predictions: Path, key: Key) -> Matched:
     """By name; refused where no name is on both sides. nnU-Net names a scan case_0000 and its labels case."""
-    predicted, given = _predictions(predictions), _references(references)
-    named = ((case, case if case in given else case.removesuffix("_0000")) for case in predicted)
-    pairs = {case: reference for case, reference in named if reference in given}
+    predicted = _label_maps(predictions)
+    named = {case: case if case in key.files else case.removesuffix("_0000") for case in predicted}
+    pairs = {
+        case: reference
+        for case, reference in named.items()
+        if reference in key.files and (case == reference or reference not in predicted)
+    }
     if not pairs:
         raise NothingToEvaluate(
-            f"{predictions} holds {_some(predicted)}, {references} holds {_some(given)}; no case is in both. "
+            f"{predictions} holds {_some(predicted)}, the references are {_some(key.files)}; no case is in both. "
             "A reference must be named like its case: give the matching folders."
         )
-    return Matched(predictions=predicted, references=given, pairs=pairs)
+    return Matched(predictions=predicted, references=key.files, pairs=pairs)
 
 
-def read_key(references: Path, predictions: Path) -> Key:
-    """As the dataset says; else as the package that predicted, or a DICOM file, says; else nothing has a name."""
-    homes = (references, references.resolve().parent)
-    images = next((found for home in homes if (found := _images(home))), {})
-    for home in homes:
-        if (said := declared(home)).labels:
-            return replace(_key_of_dataset(said), images=images)
-    return Key(labels=_labels_said(references, predictions), images=images)
+def read_key(
+    references: Path, predictions: Path, reading: Reading = STRICT, names: Mapping[int, str] | None = None
+) -> Key:
+    """Labels are called as `names` (value to name) says; else as the dataset, else as the package that predicted, else as
+    DICOM files say; else nothing has a name."""
+    told = next((said for home in _homes(references) if (said := declared(home)).labels), Declared())
+    dataset = _dataset(references, told, reading)
+    drawn = [one.labels for one in dataset.cases], list(_label_maps(predictions).values())
+    called = label_table({name: value for value, name in (names or {}).items()}) or told.labels
+    labels = called or _of_package(predictions) or datasets.named_in(drawn[0]) or datasets.named_in(drawn[1])
+    named = replace(dataset, labels=labels)
+    _refuse(datasets.looked_for_in_vain(named))
+    return replace(_key(named), left_out=_left_out(labels, [*drawn[0], *drawn[1]]))
 
 
-def _labels_said(references: Path, predictions: Path) -> dict[str, tuple[int, ...]]:
-    for path in sorted(predictions.glob(f"*/{MEASUREMENTS_FILE}")):
-        return {name: (int(each["value"]),) for name, each in _json(path).get("labels", {}).items()}
-    for path in (*_references(references).values(), *_predictions(predictions).values()):
-        if dicom_labels.is_labels(path):
-            return {name: (number,) for name, number in dicom_labels.names_in(path).items()}
-    return {}
+def _homes(references: Path) -> tuple[Path, ...]:
+    """Where a dataset.json may lie."""
+    above = references.resolve().parent
+    return (above,) if references.is_file() else (references, above)
+
+
+def _dataset(references: Path, told: Declared, reading: Reading) -> Dataset:
+    """References as labelled cases, whether or not their scans are there."""
+    if references.is_file() and is_dataset(references):
+        dataset = open_dataset(references, reading)
+        _refuse(datasets.bad_ids([one.id for one in dataset.cases]))
+        return dataset
+    _must_be_folder(references)
+    folder = next((path for name in ("labelsTr", "labels") if (path := references / name).is_dir()), references)
+    images = next((found for home in _homes(references) if (found := _images(home))), {})
+    cases = (
+        CaseFiles(id=case, images=images.get(case, ()), labels=path, annotated=told.annotated.get(case))
+        for case, path in _label_maps(folder).items()
+    )
+    return Dataset(
+        name=references.name, layout="label maps", channels=(), labels=(), ignored=told.ignored, cases=tuple(cases),
+        findings=(), reading=reading,
+    )  # fmt: skip
 
 
 def _images(home: Path) -> dict[str, tuple[Path, ...]]:
@@ -104,6 +138,36 @@ def _images(home: Path) -> dict[str, tuple[Path, ...]]:
         return {one.id: one.images for one in open_dataset(home).cases if one.images} if is_dataset(home) else {}
     except ScanError:  # labels without images, or names that do not fit, can be measured all the same
         return {}
+
+
+def _of_package(predictions: Path) -> tuple[Label, ...]:
+    for path in sorted(predictions.glob(f"[!.]*/{MEASUREMENTS_FILE}")):
+        return label_table({name: int(each["value"]) for name, each in _json(path).get("labels", {}).items()})
+    return ()
+
+
+def _key(dataset: Dataset) -> Key:
+    """A region is its parts, and what it and the regions inside it are painted with."""
+    painted = values_of(dataset.labels)
+    return Key(
+        files={one.id: one.labels for one in dataset.cases if one.labels},
+        labels={each.name: tuple(dict.fromkeys((*each.parts, *painted[each.name]))) for each in dataset.labels},
+        ignored=dataset.ignored,
+        annotated={one.id: one.annotated for one in dataset.cases if one.annotated is not None},
+        images={one.id: one.images for one in dataset.cases if one.images},
+        reading=dataset.reading,
+    )
+
+
+def _left_out(labels: Iterable[Label], paths: Iterable[Path | None]) -> tuple[str, ...]:
+    wanted = {dicom_labels.plain(label.name) for label in labels}
+    drawn = {name for path in paths for name in datasets.names_in(path)}
+    return tuple(sorted(name for name in drawn if wanted and dicom_labels.plain(name) not in wanted))
+
+
+def _refuse(findings: Iterable[Finding]) -> None:
+    for first in findings:
+        raise UsageError(str(first))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -115,26 +179,36 @@ class Maps:
     geometry: Geometry
 
 
-def read_maps(case_id: str, prediction: Path, reference: Path, key: Key) -> Maps:
+def read_maps(case_id: str, matched: Matched, key: Key) -> Maps:
     """Both label maps; what nobody knows is background in both. DICOM SEG and RTSTRUCT are put on the other's grid."""
-    names = {name: values[0] for name, values in key.labels.items() if len(values) == 1}
-    drawn = [dicom_labels.is_labels(path) for path in (prediction, reference)]
-    if all(drawn):
-        onto = read_image(case_id, None, key)
-        if onto is None:
+    reference_id = matched.pairs[case_id]
+    prediction, reference = matched.predictions[case_id], matched.references[reference_id]
+    paths = [datasets.label_file(path) for path in (prediction, reference)]
+    maps = [None if dicom_labels.is_labels(path) else datasets.read_map(path, key.reading) for path in paths]
+    onto = next((each for each in maps if each is not None), None) or read_image(reference_id, prediction, key)
+    if onto is None:
+        raise ScanError(
+            f"{case_id}: prediction and reference are both DICOM objects, which lie on the grid of a scan; that scan was "
+            "not found. Give one of them as NIfTI, or the references as a dataset with its images.",
+            "grids_differ",
+        )
+    predicted, given = (
+        dicom_labels.read_labels(path, onto, _numbers(case_id, key)) if each is None else each
+        for path, each in zip(paths, maps, strict=True)
+    )
+    return _on_one_grid(case_id, predicted, given, key.ignored)
+
+
+def _numbers(case_id: str, key: Key) -> dict[str, int]:
+    """What the segments of a DICOM object are painted with."""
+    for name, values in key.labels.items():
+        if len(values) > 1:
             raise ScanError(
-                f"{case_id}: prediction and reference are both DICOM objects, which lie on the grid of a scan; that scan was "
-                "not found. Give one of them as NIfTI, or the references as a dataset with its images.",
-                "grids_differ",
+                f"{case_id}: {name} is a region of {len(values)} values, and a DICOM object has one segment of it; label maps "
+                "are needed where labels are regions. Give both sides as NIfTI or NRRD.",
+                "unsupported",
             )
-        both = [dicom_labels.read_labels(path, onto, names) for path in (prediction, reference)]
-    elif any(drawn):
-        grid = files.read(reference if drawn[0] else prediction, is_labels=True)
-        other = dicom_labels.read_labels(prediction if drawn[0] else reference, grid, names)
-        both = [other, grid] if drawn[0] else [grid, other]
-    else:
-        both = [files.read(path, is_labels=True) for path in (prediction, reference)]
-    return _on_one_grid(case_id, both[0], both[1], key.ignored)
+    return {name: values[0] for name, values in key.labels.items()}
 
 
 def _on_one_grid(case_id: str, prediction: Volume, reference: Volume, ignored: int | None) -> Maps:
@@ -143,98 +217,58 @@ def _on_one_grid(case_id: str, prediction: Volume, reference: Volume, ignored: i
             f"{case_id}: the prediction lies on {prediction.geometry}, the reference on {reference.geometry}. "
             "Both must share one grid: segment the very image the reference was drawn on."
         )
-    predicted, given = _values(prediction, case_id, "prediction"), _values(reference, case_id, "reference")
+    predicted, given = prediction.voxels[0], reference.voxels[0]
     if ignored is not None and (unknown := given == ignored).any():
         predicted, given = (np.where(unknown, 0, each).astype(each.dtype) for each in (predicted, given))
     return Maps(predicted=predicted, given=given, geometry=prediction.geometry)
 
 
-def read_image(case_id: str, prediction: Path | None, key: Key) -> Volume | None:
+def read_image(reference_id: str, prediction: Path, key: Key) -> Volume | None:
     """The scan a case was drawn on: from the dataset of the references, or where the report of `segment` says it lay."""
-    known = key.images.get(case_id) or key.images.get(case_id.removesuffix("_0000"), ())
-    for path in (*known[:1], *_sources(prediction)[:1]):
+    for path in (*key.images.get(reference_id, ())[:1], *_sources(prediction)[:1]):
         try:
-            return files.read(path)
+            return files.read(path, key.reading)
         except (ScanError, OSError):  # a picture without its scan is better than none
             continue
     return None
 
 
-def _sources(prediction: Path | None) -> tuple[Path, ...]:
-    report = prediction.parent / REPORT_FILE if prediction else None
-    if report is None or not report.is_file():
+def _sources(prediction: Path) -> tuple[Path, ...]:
+    try:
+        said = _json(prediction.parent / REPORT_FILE).get("sources", ())
+    except (UsageError, OSError):  # torn, or none
         return ()
-    return tuple(path for path in map(Path, _json(report).get("sources", ())) if path.exists())
+    return tuple(path for path in map(Path, said) if path.exists())
 
 
-def _values(volume: Volume, case_id: str, which: str) -> Integer[np.ndarray, "i j k"]:
-    """Whole numbers, in the smallest type that holds them: there are many voxels."""
-    voxels = volume.voxels
-    least, most = float(voxels.min()), float(voxels.max())
-    whole = voxels.dtype.kind in "iub" or bool((np.isfinite(voxels) & (voxels == np.rint(voxels))).all())
-    if voxels.shape[0] != 1 or not whole or least < 0 or most > MOST:
-        raise UnreadableScan(
-            f"{case_id}: the {which} has {voxels.shape[0]} channel(s) of values from {least:g} to {most:g}; "
-            f"one channel of whole numbers from 0 to {MOST} is needed. Give a label map, not a scan or probabilities."
-        )
-    return voxels[0].astype(np.uint8 if most < 256 else np.uint16, copy=False)
-
-
-def _predictions(folder: Path) -> dict[str, Path]:
+def _label_maps(folder: Path) -> dict[str, Path]:
+    """Case to its label map: what `segment` wrote, else a file or folder called as the case; what is hidden is not looked at."""
     _must_be_folder(folder)
-    # importing what writes the DICOM ones would import highdicom
-    for name in (LABELS_FILE, NRRD_FILE, "labels.dcm", "labels-labelmap.dcm", "contours.dcm"):
-        if of_segment := {path.parent.name: path for path in sorted(folder.glob(f"*/{name}"))}:
-            return of_segment
-    return _label_files(folder)
+    found = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".") and _holds_labels(path)]
+    _refuse(datasets.stored_twice(found))
+    written = {path.parent.name: path for name in reversed(WRITTEN) for path in folder.glob(f"[!.]*/{name}")}
+    return dict(sorted(({datasets.case_name(path): path for path in found} | written).items()))
 
 
-def _references(folder: Path) -> dict[str, Path]:
-    _must_be_folder(folder)
-    return _label_files(next((folder / name for name in ("labelsTr", "labels") if (folder / name).is_dir()), folder))
+def _holds_labels(path: Path) -> bool:
+    """A scan by its ending, a DICOM object by its content; a folder by what lies in it."""
+    if path.is_dir():
+        return any(_holds_labels(one) for one in path.iterdir() if one.is_file() and not one.name.startswith("."))
+    return path.name.lower().endswith(files.EXTENSIONS) or is_dicom(path)
 
 
 def _must_be_folder(folder: Path) -> None:
     if not folder.is_dir():
-        raise UsageError(f"{folder} is no folder; a folder of label files is needed. Look at the path.")
-
-
-def _label_files(folder: Path) -> dict[str, Path]:
-    """Scans by their endings, DICOM objects by their content; each alone, or in a folder called as the case."""
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith("."):
-            continue
-        inside = [one for one in sorted(path.iterdir()) if not one.name.startswith(".")] if path.is_dir() else [path]
-        if len(inside) == 1 and (inside[0].name.lower().endswith(files.EXTENSIONS) or _is_drawn(inside[0])):
-            found[path.name if path.is_dir() else files.stem(path).removesuffix(".dcm")] = inside[0]
-    return found
-
-
-def _is_drawn(path: Path) -> bool:
-    return path.is_file() and is_dicom(path) and dicom_labels.is_labels(path)
-
-
-def _key_of_dataset(said: Declared) -> Key:
-    """A region is its parts, and what the regions inside it are painted with where that is a number of its own."""
-    parts = {label.name: label.parts or (label.value,) for label in said.labels}
-    known = {value for own in parts.values() for value in own}
-    painted = {
-        name: tuple(each.value for each in said.labels if each.value not in known and set(parts[each.name]) <= set(own))
-        for name, own in parts.items()
-    }
-    return Key(
-        labels={name: own + painted[name] for name, own in parts.items()},
-        ignored=said.ignored,
-        annotated=said.annotated,
-    )
+        raise UsageError(f"{folder} is no folder; a folder of label files, or a dataset, is needed. Look at the path.")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as mistake:
-        raise UsageError(f"{path} is no JSON ({mistake}); the names of labels are read from it. Mend it.") from mistake
+        raise UsageError(
+            f"{path} is no JSON ({mistake}); what `hilum segment` wrote is needed. Segment again."
+        ) from mistake
     return content if isinstance(content, dict) else {}
 
 

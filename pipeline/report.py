@@ -15,6 +15,7 @@ import numpy as np
 from preprocessing.plan import Label
 from preprocessing.reading import STRICT, Reading
 from preprocessing.records import decode
+from preprocessing.regions import values_of
 from preprocessing.volume import Geometry, GeometryMismatch, Volume
 
 from .errors import UsageError
@@ -63,13 +64,14 @@ class Result:
 
     @cached_property
     def volumes_ml(self) -> dict[str, float]:
-        """Millilitres of every label of the package, 0 for one that was not found."""
+        """Millilitres of every label of the package, 0 for one that was not found; a region with the regions in it."""
         voxels = self.labels.voxels[0]
         values = 1 + max([np.iinfo(voxels.dtype).max, *(label.value for label in self.label_table)])
         counts = np.zeros(values, dtype=np.int64)
         for slab in voxels:  # slab by slab: bincount makes eight bytes of every voxel it is given
             counts += np.bincount(slab.ravel(), minlength=values)
-        return {label.name: int(counts[label.value]) * self.scan.geometry.voxel_ml for label in self.label_table}
+        found = {name: int(counts[list(values)].sum()) for name, values in values_of(self.label_table).items()}
+        return {name: count * self.scan.geometry.voxel_ml for name, count in found.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

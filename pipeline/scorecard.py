@@ -77,19 +77,27 @@ def page(evaluation: Evaluation, matched: Matched | None, key: Key) -> str:
 
 
 def _left_out(evaluation: Evaluation) -> str:
-    said = []
-    if evaluation.failed:
-        items = "".join(f"<li>{text(case)}: {text(reason)}</li>" for case, reason in evaluation.failed.items())
-        said.append(f'<div class="bad">{len(evaluation.failed)} could not be compared:<ul>{items}</ul></div>')
-    for cases, words in (
-        (evaluation.unmatched_predictions, "without a reference"),
-        (evaluation.unmatched_references, "without a prediction"),
-        (evaluation.partly_annotated, "annotated for some labels alone, and measured by these"),
-    ):
-        if cases:
-            more = f" and {len(cases) - 5} more" if len(cases) > 5 else ""
-            said.append(f'<div class="alarm">{len(cases)} {words}: {text(", ".join(cases[:5]))}{more}</div>')
-    return "".join(said)
+    return (
+        _lost(evaluation)
+        + _named(evaluation.partly_annotated, "annotated for some labels alone, and measured by these")
+        + _named(evaluation.left_out, "drawn in DICOM objects and none of the labels, so left out")
+    )
+
+
+def _lost(evaluation: Evaluation, which: str = "prediction") -> str:
+    """Cases that are in no mean."""
+    items = "".join(f"<li>{text(case)}: {text(reason)}</li>" for case, reason in evaluation.failed.items())
+    failed = f'<div class="bad">{len(evaluation.failed)} of the {which} could not be compared:<ul>{items}</ul></div>'
+    return (
+        failed * bool(evaluation.failed)
+        + _named(evaluation.unmatched_predictions, f"of the {which} without a reference")
+        + _named(evaluation.unmatched_references, f"without the {which}")
+    )
+
+
+def _named(names: Sequence[str], words: str) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f'<div class="alarm">{len(names)} {words}: {text(", ".join(names[:5]))}{more}</div>' if names else ""
 
 
 def _summary(summary: Sequence[Summary]) -> str:
@@ -158,6 +166,7 @@ def _against(evaluation: Evaluation) -> str:
         "this prediction minus the other, over the cases that both have: the mean, its 95 % bootstrap interval, Wilcoxon's "
         "signed-rank test with Holm's correction over the labels of a column, and how many cases are higher (↑) and lower (↓). "
         "Green is better, red is worse, beyond chance (p < 0.05).</p>"
+        f"{_lost(evaluation.other, 'other prediction')}"
         f'<div class="wide"><table><tr><th>label</th>{head}</tr>{"".join(rows)}</table></div>'
     )
 
@@ -209,10 +218,9 @@ def _figure(
     reference_id = matched.pairs[case]
     looked_for = key.annotated.get(reference_id)
     shown = {name: values if looked_for is None or name in looked_for else () for name, values in labels.items()}
-    prediction = matched.predictions[case]
     try:
-        maps = read_maps(case, prediction, matched.references[reference_id], key)
-        png = gallery.picture(maps, shown, read_image(reference_id, prediction, key))
+        image = read_image(reference_id, matched.predictions[case], key)
+        png = gallery.picture(read_maps(case, matched, key), shown, image)
     except (ScanError, OSError) as reason:  # it was there a moment ago
         logger.warning("%s has no picture: %s", case, reason)
         return ""

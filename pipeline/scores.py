@@ -107,6 +107,8 @@ class Evaluation:
     unmatched_references: tuple[str, ...]
     partly_annotated: tuple[str, ...] = ()
     """Cases in which only some labels were looked for: they are measured by those alone."""
+    left_out: tuple[str, ...] = ()
+    """Names that DICOM objects hold and that are none of the labels."""
     against: dict[str, dict[str, Difference]] | None = None
     """This prediction minus another one: metric, label, difference."""
     other: "Evaluation | None" = None
@@ -143,6 +145,8 @@ def conventions(measure: Measure) -> dict[str, str]:
         "ignored": "voxels under the dataset's label 'ignore' belong to no label on either side",
         "annotated": "a case with only some labels annotated is measured by these alone",
         "mean_dice": "mean over labels of their mean Dice",
+        "cases": "counted as independent of each other, also those of one patient; where patients have several, intervals "
+        "are too narrow and p-values too small",
         "interval": "95 % percentile bootstrap over cases, 2000 resamples, seed 0; null below 5 cases",
         "p": "Wilcoxon signed-rank, two-sided, equal cases left out; null ('too few') below 6 cases that differ; "
         "p_holm is corrected over the labels of one metric",

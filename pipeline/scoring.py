@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Integer
 from torch import nn
 
 from preprocessing.datasets import CaseFiles, Dataset
 from preprocessing.plan import Plan
-from preprocessing.steps import Trail, prepare
+from preprocessing.steps import prepare
 from preprocessing.volume import Case
 
+from .cache import truth
 from .calibration import Calibration, Sample, calibrate, draw, sample_size
 from .postprocessing import HeldOut, Rule, tried
 from .prediction import Inference, Prediction, blended_logits, choose_device, class_names, decide, probabilities
@@ -74,19 +74,11 @@ def _scored(
         image.to_tensor(), network, plan.patch, plan.classes, Inference(device=device), choose_device(device)
     )
     rng = np.random.default_rng(int(case_key(case), 16))  # the same voxels whatever the order of the cases
-    sample = draw(logits.numpy(), _truth(case, trail, plan), plan, rng, size, annotated)
+    sample = draw(logits.numpy(), truth(case, trail, plan)[0], plan, rng, size, annotated)
     likely = image.with_voxels(probabilities(logits, plan).numpy(), channels=class_names(plan))
     labels, _ = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
     dice, changes = tried(labels, case.labels, plan, annotated)
     return dice, changes, sample
-
-
-def _truth(case: Case, trail: Trail, plan: Plan) -> Integer[np.ndarray, "i j k"]:
-    """Numbers of parts on the prepared grid, -1 where nobody knows: under an ignored value, and beyond the scan."""
-    assert case.labels is not None
-    numbers = plan.numbered(trail.follow(case.labels).voxels[0])
-    scanned = trail.follow(case.labels.with_voxels(np.ones_like(case.labels.voxels)))
-    return np.where(scanned.voxels[0] == 0, -1, numbers)
 
 
 def _means(cases: dict[str, dict[str, float]], plan: Plan) -> dict[str, float]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from preprocessing.records import decode
+from preprocessing.regions import carrying, values_of
 from preprocessing.volume import Volume
 
 from . import outputs
@@ -111,10 +112,10 @@ LARGE = 0.1
 def _removals(found: Found, package: ModelPackage) -> list[str]:
     """What rules took away, where that was much; all of it stands in the report's `postprocessing`."""
     said = []
+    values = values_of(package.plan.labels)
     for change in found.changes:
         for name, ml in change.removed_ml.items():
-            value = next(label.value for label in package.plan.labels if label.name == name)
-            left = int((found.labels.voxels == value).sum()) * found.labels.geometry.voxel_ml
+            left = int(carrying(found.labels.voxels, values[name]).sum()) * found.labels.geometry.voxel_ml
             if ml > LARGE * (ml + left):
                 share = f"{ml / (ml + left):.0%}"
                 said.append(f"{millilitres(ml)} of {name} ({share} of it) were removed: {change.rule}")

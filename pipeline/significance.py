@@ -2,7 +2,8 @@
 
 Intervals are 95 % percentile bootstrap intervals over cases (Efron & Tibshirani 1993, chapter 13), 2000 resamples, always
 with the same seed. Differences are of the same cases: Wilcoxon's signed-rank test, two-sided, exact where that is possible,
-cases without a difference left out; p-values of several labels are corrected by Holm (1979).
+cases without a difference left out; p-values of several labels are corrected by Holm (1979). Cases count as independent of
+each other, also those of one patient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -47,8 +48,9 @@ def interval(values: Float[np.ndarray, " case"]) -> tuple[float, float] | None:
     return float(low), float(high)
 
 
-def interval_of_mean(table: Float[np.ndarray, "case label"]) -> tuple[float, float] | None:
-    """Where the mean over labels of their means over cases lies; whole cases are drawn, NaN is not known."""
+def interval_of_mean(of: Mapping[str, Mapping[str, float | None]]) -> tuple[float, float] | None:
+    """Where the mean over labels of their means over cases lies (label -> case -> value); whole cases are drawn."""
+    table = _table(of)
     if len(table) < FEWEST_CASES:
         return None
     weights, known = _weights(len(table)), ~np.isnan(table)
@@ -58,6 +60,13 @@ def interval_of_mean(table: Float[np.ndarray, "case label"]) -> tuple[float, flo
     counted = ~np.isnan(means)
     low, high = np.percentile(np.where(counted, means, 0).sum(axis=1) / counted.sum(axis=1).clip(1), [2.5, 97.5])
     return float(low), float(high)
+
+
+def _table(of: Mapping[str, Mapping[str, float | None]]) -> Float[np.ndarray, "case label"]:
+    """Cases of which anything is known, by name, whatever the order they came in; NaN is not known."""
+    cases = sorted({case for values in of.values() for case, value in values.items() if value is not None})
+    rows = [[np.nan if (value := of[label].get(case)) is None else value for label in of] for case in cases]
+    return np.array(rows, dtype=np.float64).reshape(len(cases), len(of))
 
 
 @lru_cache(maxsize=8)

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import NoReturn
 
 import numpy as np
 
+from networks.parts.losses import LOSSES
 from preprocessing.datasets import Dataset, open_dataset, take_fingerprint
-from preprocessing.plan import Fingerprint, Plan, Recipe
-from preprocessing.records import encode
+from preprocessing.plan import Fingerprint, Label, Plan, Recipe
+from preprocessing.records import encode, nearest
 
-from . import tracking
+from . import slurm, tracking
 from .cache import PreparedCase, cached
 from .config import Train, refuse_unknown_match
 from .errors import Interrupted, UsageError, stopped_by_signals
@@ -26,7 +27,7 @@ from .package import Fold, ModelPackage, Package, save, weights_file
 from .planning import Wishes, planned
 from .prediction import choose_device
 from .progress import Progress, silent
-from .report import hilum_version
+from .report import hilum_version, recover
 from .scoring import Scores, score
 from .workshop import Job, Workshop, decisive, refuse_other_settings
 
@@ -37,10 +38,12 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     """Train one fold on a dataset; the package appears at `out` when it is finished, and in the MLflow registry."""
     began = time.monotonic()
     workshop = Workshop(folder=out.with_name(f"{out.name}.training") / f"fold{settings.fold}")
-    if is_follower():
-        _follow(dataset, workshop, settings, began)
-    if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":  # a requeued job is given the words it began with
+    slurm.listen()
+    if slurm.is_requeued():
         settings = replace(settings, resume=True)
+    if is_follower(settings):
+        _follow(dataset, out, workshop, settings, began)
+    recover(out)
     if settings.resume and (packed := workshop.packed(out, settings.fold)):
         return _last_steps(packed, settings, workshop)
     opened = open_dataset(dataset, settings.reading)
@@ -66,18 +69,22 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     return package
 
 
-def is_follower() -> bool:
-    """Whether this process is one of several that fit together, and not the first: the first alone decides and packs."""
+def is_follower(settings: Train) -> bool:
+    """Whether this process is one of several that fit together, and not the first: the first alone decides and packs.
+
+    Tasks of a cluster that each train by themselves have ranks too, but were not told of devices or nodes.
+    """
     from lightning.pytorch.utilities import rank_zero_only
 
-    return bool(rank_zero_only.rank)
+    node = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+    return settings.devices * settings.nodes > 1 and (bool(rank_zero_only.rank) or node > 0)
 
 
 FIRST_RANK_SECONDS = 6 * 3600
 """How long the other processes wait for the first to have prepared every case."""
 
 
-def _follow(dataset: Path, workshop: Workshop, settings: Train, began: float) -> NoReturn:
+def _follow(dataset: Path, out: Path, workshop: Workshop, settings: Train, began: float) -> NoReturn:
     """Fit beside the first process, on what it prepared, and end."""
     while not (workshop.has_job and workshop.resumed_job().run_id):
         if time.monotonic() - began > FIRST_RANK_SECONDS:
@@ -87,6 +94,9 @@ def _follow(dataset: Path, workshop: Workshop, settings: Train, began: float) ->
             )
         time.sleep(0.5)
     job = workshop.resumed_job()
+    refuse_other_settings(job, settings)
+    if workshop.packed(out, settings.fold):
+        raise SystemExit(0)
     cases = _prepared(open_dataset(dataset, settings.reading), job, settings, silent)
     with stopped_by_signals("the first process keeps what is done."):
         fit(job, settings, cases, workshop, None, silent, began)
@@ -157,7 +167,13 @@ def _new_job(fingerprint: Fingerprint, settings: Train, earlier: Package | None)
 def _recipe(plan: Plan, settings: Train) -> Recipe:
     """The plan's, but for what was said otherwise."""
     said = {name: getattr(settings, name) for name in ("learning_rate", "weight_decay", "loss", "steps_per_epoch")}
-    return replace(plan.recipe, **{name: value for name, value in said.items() if value is not None})
+    recipe = replace(plan.recipe, **{name: value for name, value in said.items() if value is not None})
+    if recipe.loss not in LOSSES:
+        raise UsageError(
+            f"the loss {recipe.loss!r} is not known; one of {', '.join(LOSSES)} is needed"
+            f"{nearest(recipe.loss, list(LOSSES)) or '.'}"
+        )
+    return recipe
 
 
 def _steps(cases: int, plan: Plan, settings: Train) -> int:
@@ -169,13 +185,18 @@ def _steps(cases: int, plan: Plan, settings: Train) -> int:
 
 def _refuse_other_words(plan: Plan, fingerprint: Fingerprint) -> None:
     """A plan for other channels or labels than the dataset's would train on the wrong thing without a word."""
-    planned = (plan.channels, {label.value: label.name for label in plan.labels})
-    present = (fingerprint.channels, {label.value: label.name for label in fingerprint.labels})
-    if planned != present:
+    meant, present = (_words(one.channels, one.labels, one.ignored) for one in (plan, fingerprint))
+    if meant != present:
         raise UsageError(
-            f"the plan is for channels and labels {planned}; the dataset has {present}. They must be the same: "
+            f"the plan is for {meant}; the dataset has {present}. They must be the same: "
             "make a plan of this dataset with `hilum plan`."
         )
+
+
+def _words(channels: Sequence[str], labels: Sequence[Label], ignored: int | None) -> str:
+    ordered = sorted(labels, key=lambda label: label.value)
+    named = {label.name: list(label.parts) or label.value for label in ordered}
+    return f"channels {list(channels)}, labels {named}" + (f", {ignored} ignored" if ignored is not None else "")
 
 
 def _refuse_other_cases(prepared: dict[str, PreparedCase], job: Job, dataset: str) -> None:
@@ -207,16 +228,16 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
     if not job.run_id:
         workshop.remember(replace(job, run_id=tracker.run_id))
         tracker.dataset(job.plan.name, job.plan.dataset, len(job.trained_on), "training")
-        for name in ("plan.yaml", "fingerprint.json"):
-            tracker.text((workshop.folder / name).read_text(), name)
-        tracker.text(json.dumps(job.settings, indent=2), "settings.json")
+    for name in ("plan.yaml", "fingerprint.json"):  # every time: the run before may have been killed just before this
+        tracker.text((workshop.folder / name).read_text(), name)
+    tracker.text(json.dumps(job.settings, indent=2), "settings.json")
     return tracker
 
 
 @contextmanager
 def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
     """The run in MLflow ends as the training did: finished, failed, or killed by Ctrl-C or a scheduler's SIGTERM."""
-    with stopped_by_signals("every complete epoch is kept. Go on with --resume."):
+    with stopped_by_signals("what is on disk is kept. Go on with --resume."):
         try:
             yield
         except (KeyboardInterrupt, Interrupted):

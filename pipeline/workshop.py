@@ -12,6 +12,7 @@ from preprocessing.records import decode, encode
 from .config import Train
 from .errors import UsageError
 from .package import ModelPackage
+from .report import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +45,8 @@ class Workshop:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The last state on disk: ours of every minute, or Lightning's of when SLURM said that time is up."""
-        kept = [*self.folder.glob("hpc_ckpt_*.ckpt"), *self.folder.glob("last.ckpt")]
-        return max(kept, key=lambda path: path.stat().st_mtime_ns, default=None)
+        path = self.folder / "last.ckpt"
+        return path if path.exists() else None
 
     def packed(self, out: Path, fold: int | str) -> ModelPackage | None:
         """The package this training made already, if it was killed after that."""
@@ -74,14 +74,12 @@ class Workshop:
     def begin(self, job: Job, fingerprint: Fingerprint) -> None:
         """What the training is made of, before its first step; what MLflow is shown names no case."""
         facts = encode(fingerprint) | {"cases": [encode(facts) for facts in fingerprint.cases.values()]}
-        (self.folder / "fingerprint.json").write_text(json.dumps(facts))
+        write_whole(self.folder / "fingerprint.json", json.dumps(facts))
         job.plan.write(self.folder / "plan.yaml")
         self.remember(job)
 
     def remember(self, job: Job) -> None:
-        partial = self.folder / ".job.json.partial"
-        partial.write_text(json.dumps(encode(job), indent=2))
-        partial.replace(self.folder / "job.json")
+        write_whole(self.folder / "job.json", json.dumps(encode(job), indent=2))
 
     def resumed_job(self) -> Job:
         return decode(Job, json.loads((self.folder / "job.json").read_text()), where=str(self.folder / "job.json"))

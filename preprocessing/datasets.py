@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from .declared import DatasetError, declared, label_table
+from .cores import usable_cores
+from .declared import DatasetError, Declared, declared, label_table
 from .dicom import is_dicom, patient_of
 from .dicom import labels as dicom_labels
 from .files import EXTENSIONS, read, stem
@@ -26,8 +26,9 @@ from .volume import Case, ScanError, Volume, stack
 logger = logging.getLogger(__name__)
 
 __all__ = [
-    "CaseFiles", "Dataset", "DatasetError", "Examination", "Finding", "check", "examine", "is_dataset", "label_table",
-    "open_dataset", "read_labels", "take_fingerprint",
+    "CaseFiles", "Dataset", "DatasetError", "Examination", "Finding", "bad_ids", "case_name", "check", "examine",
+    "is_dataset", "label_file", "label_table", "looked_for_in_vain", "named_in", "names_in", "open_dataset", "read_labels",
+    "read_map", "stored_twice", "take_fingerprint",
 ]  # fmt: skip
 
 
@@ -87,7 +88,7 @@ class Dataset:
 def open_dataset(path: Path, reading: Reading = STRICT) -> Dataset:
     """The dataset at that folder or CSV, whatever its layout; refused when it is none."""
     named = _with_patients(_named_by_dicom(replace(_opened(path), reading=reading)))
-    return replace(named, findings=(*named.findings, *_looked_for_in_vain(named)))
+    return replace(named, findings=(*named.findings, *looked_for_in_vain(named)))
 
 
 def _opened(path: Path) -> Dataset:
@@ -122,9 +123,12 @@ def is_dataset(path: Path) -> bool:
 def read_labels(path: Path, image: Volume, names: dict[str, int], reading: Reading = STRICT) -> Volume:
     """A label map as integers: a DICOM SEG or RTSTRUCT on its image's grid, its segments known by name; or a file of
     numbers as it is, refused when they are no labels, or when it has several channels."""
-    path = _label_file(path)
-    if dicom_labels.is_labels(path):
-        return dicom_labels.read_labels(path, image, names)
+    path = label_file(path)
+    return dicom_labels.read_labels(path, image, names) if dicom_labels.is_labels(path) else read_map(path, reading)
+
+
+def read_map(path: Path, reading: Reading = STRICT) -> Volume:
+    """A file of numbers, one per voxel, as integers."""
     volume = read(path, reading, is_labels=True)
     if len(volume.channels) != 1:
         raise ScanError(
@@ -139,7 +143,7 @@ def read_labels(path: Path, image: Volume, names: dict[str, int], reading: Readi
     return volume.with_voxels(whole.astype(np.uint8 if whole.max() < 256 else np.uint16), channels=("labels",))
 
 
-def _label_file(path: Path) -> Path:
+def label_file(path: Path) -> Path:
     """The labels of a case may lie in a folder of their own, as archives export them."""
     if not path.is_dir():
         return path
@@ -156,25 +160,27 @@ def _label_file(path: Path) -> Path:
 
 
 def _named_by_dicom(dataset: Dataset) -> Dataset:
-    """Where nobody declared labels, the names inside DICOM label files; with their own numbers if all files agree."""
-    if dataset.labels:
-        return dataset
+    """Where nobody declared labels, the names inside DICOM label files."""
+    return dataset if dataset.labels else replace(dataset, labels=named_in(files.labels for files in dataset.cases))
+
+
+def named_in(paths: Iterable[Path | None]) -> tuple[Label, ...]:
+    """The names inside those files that are DICOM labels; with their own numbers if all files agree."""
     numbers: dict[str, set[int]] = {}
-    for files in dataset.cases:
-        for name, number in _names_in(files.labels).items():
+    for path in paths:
+        for name, number in names_in(path).items():
             numbers.setdefault(name, set()).add(number)
-    if not numbers:
-        return dataset
     known = {plain: name for name in sorted(numbers, reverse=True) if (plain := dicom_labels.plain(name))}
     agreed = [next(iter(found)) for found in numbers.values() if len(found) == 1]
     if len(set(agreed)) == len(numbers) == len(known):
-        return replace(dataset, labels=label_table({name: min(found) for name, found in numbers.items()}))
-    return replace(dataset, labels=label_table({name: n for n, name in enumerate(sorted(known.values()), start=1)}))
+        return label_table({name: min(found) for name, found in numbers.items()})
+    return label_table({name: n for n, name in enumerate(sorted(known.values()), start=1)})
 
 
-def _names_in(path: Path | None) -> dict[str, int]:
+def names_in(path: Path | None) -> dict[str, int]:
+    """What a case's DICOM labels call themselves, with their numbers; nothing of any other file."""
     try:
-        return dicom_labels.names_in(_label_file(path)) if path else {}
+        return dicom_labels.names_in(label_file(path)) if path else {}
     except ScanError:  # told when the case is read
         return {}
 
@@ -192,7 +198,7 @@ def _with_patients(dataset: Dataset) -> Dataset:
     return replace(dataset, cases=tuple(cases))
 
 
-def _looked_for_in_vain(dataset: Dataset) -> Iterator[Finding]:
+def looked_for_in_vain(dataset: Dataset) -> Iterator[Finding]:
     """Lists of labels that were looked for, with a name that no label has, or with none."""
     names = [label.name for label in dataset.labels]
     for files in dataset.cases:
@@ -331,7 +337,7 @@ def _examine_all(
 ) -> tuple[tuple[Finding, ...], tuple[_Examined, ...]]:
     findings, examined = list(dataset.findings), []
     complete = [files for files in dataset.cases if files.labels and files.images]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # inflating gzip lets other threads run
+    with ThreadPoolExecutor(usable_cores()) as pool:  # inflating gzip lets other threads run
         for done, one in enumerate(pool.map(lambda files: _examine(dataset, files), complete), start=1):
             findings += one.findings
             examined.append(one)
@@ -442,10 +448,11 @@ def _open_csv(path: Path) -> Dataset:
             f"{path.name} has the columns {columns}; id, labels and one column per channel are needed, annotated and "
             "patient may be. Name them so in its first line."
         )
+    told = declared(path.parent)
     cases, findings = [], []
     for row in rows:
         images = tuple(path.parent / row[name] for name in channels)
-        labels = path.parent / row["labels"]
+        labels = path.parent / row["labels"] if row["labels"] else None
         named = [(name, row[name]) for name in (*channels, "labels")]
         missing = [
             file or f"a file for {name}" for name, file in named if not file or not (path.parent / file).exists()
@@ -456,12 +463,12 @@ def _open_csv(path: Path) -> Dataset:
                 id=row["id"],
                 images=() if missing else images,
                 labels=labels,
-                annotated=_listed(row.get("annotated") or ""),
-                patient=(row.get("patient") or "").strip(),
+                annotated=_listed(row.get("annotated") or "") or told.annotated.get(row["id"]),
+                patient=(row.get("patient") or "").strip() or told.patients.get(row["id"], ""),
             )
         )
-    findings += _bad_ids([case.id for case in cases])
-    told = declared(path.parent)
+    ids = [case.id for case in cases]
+    findings += [*bad_ids(ids), *_named_in_vain(told, set(ids))]
     return Dataset(
         name=path.stem,
         layout="CSV",
@@ -474,14 +481,14 @@ def _open_csv(path: Path) -> Dataset:
 
 
 def _listed(cell: str) -> tuple[str, ...] | None:
-    """'liver; spleen' as names; an empty cell: all labels were looked for."""
+    """'liver; spleen' as names; an empty cell says nothing."""
     return tuple(dict.fromkeys(filter(None, map(str.strip, cell.split(";"))))) or None
 
 
 def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Dataset:
     told = declared(root)
     findings: list[Finding] = []
-    label_files = {_name(path): path for path in _scans(labels)}
+    label_files = {case_name(path): path for path in _scans(labels)}
     grouped = _grouped(_scans(images), set(label_files), told.channels)
     cases = []
     for case_id in sorted(set(grouped) | set(label_files)):
@@ -494,13 +501,12 @@ def _open_folders(root: Path, images: Path, labels: Path, layout: str) -> Datase
         )
         findings += _orphan(files, told.channels, images.name, labels.name)
         cases.append(files)
-    findings += _bad_ids(list(grouped))
+    findings += bad_ids(list(grouped))
     findings += _gaps(_numbered(_scans(images), set(label_files)))
-    findings += [*_stored_twice(_scans(images)), *_stored_twice(_scans(labels))]
+    findings += [*stored_twice(_scans(images)), *stored_twice(_scans(labels))]
     present = {case.id for case in cases}
-    findings += _promised([_name(Path(image)) for image in told.promised], present)
-    findings += _named_in_vain("annotated", told.annotated, present)
-    findings += _named_in_vain("patients", told.patients, present)
+    findings += _promised([case_name(Path(image)) for image in told.promised], present)
+    findings += _named_in_vain(told, present)
     channels = told.channels or tuple(f"channel_{n}" for n in range(_channel_count(grouped)))
     return Dataset(
         name=told.name or root.resolve().name,
@@ -526,7 +532,7 @@ def _is_scan(path: Path) -> bool:
     return path.name.endswith((*EXTENSIONS, ".dcm"))
 
 
-def _name(path: Path) -> str:
+def case_name(path: Path) -> str:
     """A case's name: a file's without its ending, a folder's whole."""
     return path.name if path.is_dir() else stem(path).removesuffix(".dcm")
 
@@ -535,7 +541,7 @@ def _grouped(paths: Sequence[Path], labelled: set[str], channels: tuple[str, ...
     """nnU-Net writes case_0000, case_0001, one per channel; elsewhere a file is a case."""
     numbered = _numbered(paths, labelled)
     channel_files = {path for found in numbered.values() for _, path in found}
-    whole = {_name(path): (path,) for path in paths if path not in channel_files}
+    whole = {case_name(path): (path,) for path in paths if path not in channel_files}
     return whole | {case: tuple(path for _, path in sorted(dict(found).items())) for case, found in numbered.items()}
 
 
@@ -543,8 +549,8 @@ def _numbered(paths: Sequence[Path], labelled: set[str]) -> dict[str, list[tuple
     """Per case its channel files with their numbers; a file whose whole name has labels is no channel."""
     found: dict[str, list[tuple[int, Path]]] = {}
     for path in paths:
-        match = re.fullmatch(r"(.+)_(\d{4})", _name(path))
-        if match and _name(path) not in labelled:
+        match = re.fullmatch(r"(.+)_(\d{4})", case_name(path))
+        if match and case_name(path) not in labelled:
             found.setdefault(match[1], []).append((int(match[2]), path))
     return found
 
@@ -584,7 +590,7 @@ def _orphan(files: CaseFiles, channels: tuple[str, ...], images: str, labels: st
         yield Finding(case=files.id, problem=problem)
 
 
-def _bad_ids(ids: Sequence[str]) -> Iterator[Finding]:
+def bad_ids(ids: Sequence[str]) -> Iterator[Finding]:
     for case_id in sorted(set(ids)):
         if not re.fullmatch(r"[\w.\-]+", case_id) or case_id.startswith("."):
             yield Finding(case=case_id, problem="is no name for a folder; use letters, digits, '-', '_' and '.' alone.")
@@ -592,11 +598,11 @@ def _bad_ids(ids: Sequence[str]) -> Iterator[Finding]:
             yield Finding(case=case_id, problem=f"is the id of {ids.count(case_id)} cases; each needs its own.")
 
 
-def _stored_twice(paths: Sequence[Path]) -> Iterator[Finding]:
+def stored_twice(paths: Sequence[Path]) -> Iterator[Finding]:
     """case.nii.gz beside case.nrrd: which of the two is meant must not be guessed."""
     named: dict[str, list[str]] = {}
     for path in paths:
-        named.setdefault(_name(path), []).append(path.name)
+        named.setdefault(case_name(path), []).append(path.name)
     for name, files in named.items():
         if len(files) > 1:
             yield Finding(
@@ -613,9 +619,9 @@ def _promised(promised: Sequence[str], present: set[str]) -> Iterator[Finding]:
         )
 
 
-def _named_in_vain(key: str, named: Iterable[str], present: set[str]) -> Iterator[Finding]:
-    for case_id in sorted(set(named) - present):
-        hint = nearest(case_id, sorted(present)) or "."
-        yield Finding(
-            case=case_id, problem=f"is named under `{key}` in dataset.json and is no case{hint} Correct its name there."
-        )
+def _named_in_vain(told: Declared, present: set[str]) -> Iterator[Finding]:
+    for key, named in (("annotated", set(told.annotated)), ("patients", set(told.patients))):
+        for case_id in sorted(named - present):
+            hint = nearest(case_id, sorted(present)) or "."
+            problem = f"is named under `{key}` in dataset.json and is no case{hint} Correct its name there."
+            yield Finding(case=case_id, problem=problem)

@@ -132,7 +132,21 @@ def _regions(values: dict[str, tuple[int, ...]], order: Any) -> tuple[Label, ...
         raise DatasetError(
             "dataset.json declares a region that holds 0, the background; values from 1 up are needed. Take it out."
         )
+    _refuse_ambiguous(dict(zip(numbers, values, strict=True)), values)
     return _coloured((name, number, own) for (name, own), number in zip(values.items(), numbers, strict=True))
+
+
+def _refuse_ambiguous(painted: dict[int, str], values: dict[str, tuple[int, ...]]) -> None:
+    """A number that is painted and that label files have too must lie in the same regions in both."""
+    for number, region in painted.items():
+        own = [name for name, parts in values.items() if number in parts]
+        around = [name for name, parts in values.items() if set(values[region]) <= set(parts)]
+        if own and own != around:
+            raise DatasetError(
+                f"dataset.json has {number} in its regions_class_order for {region!r}, which lies in {', '.join(around)}; in "
+                f"its label files {number} belongs to {', '.join(own)}. A number must mean the same in both: take one that "
+                "no region is made of, or the value that lies in just those regions."
+            )
 
 
 def _names(names: Any) -> tuple[str, ...]:

@@ -100,12 +100,8 @@ def _kept(sizes: Integer[np.ndarray, " m"], most: int) -> Integer[np.ndarray, " 
     return np.minimum(sizes, low + (sizes / sizes.sum() * (most - half)).astype(int))
 
 
-FOREGROUND = 0.5
-"""Share of training windows centred on a label. nnU-Net takes a third; on few steps a CPU can afford, more is better."""
-
-
 def draw(
-    shape: Triple, patch: Triple, places: Places, rng: np.random.Generator, *, foreground: float = FOREGROUND,
+    shape: Triple, patch: Triple, places: Places, rng: np.random.Generator, *, foreground: float,
     forced: bool | None = None,
 ) -> Triple:  # fmt: skip
     """Where one training window starts: on a label, or anywhere. It lies inside the scan if that is large enough, and

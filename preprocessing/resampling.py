@@ -21,6 +21,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy import ndimage
 
 from .components import Runs, joined, objects_of, runs_of
+from .cores import usable_cores
 from .volume import CORNER_TOLERANCE_MM, Geometry, ScanError, Volume
 
 SHEAR_LIMIT = 4
@@ -567,5 +568,4 @@ def _threads() -> int:
 
         return get_num_threads()
     told = os.environ.get("OMP_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(told) if told.isdigit() and int(told) else cores
+    return int(told) if told.isdigit() and int(told) else usable_cores()

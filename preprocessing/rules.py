@@ -1,6 +1,7 @@
 """hilum's own rules: from what a dataset is and what there is to train with, to a plan. Each gives its reason."""
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -45,13 +46,11 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, demand: Demand = Deman
     patch, why_patch = patch_rule(shape, spacing, machine, demand)
     batch, why_batch = batch_rule(patch, len(fingerprint.cases), machine, demand)
     recipe, why_recipe = recipe_rule(fingerprint.labels, machine)
-    steps: list[Step] = [
-        Orient(),
-        *([Crop()] if crop else []),
-        Resample(spacing_mm=spacing, separate=separate),
-        normalise,
-        Pad(shape=patch),
-    ]
+    resample = Resample(spacing_mm=spacing, separate=separate)
+    # a spline leaves no zero where zeros meet voxels: what is measured where it is not zero is measured before
+    masked = any(scale.nonzero for scale in normalise.channels)
+    middle: list[Step] = [normalise, resample] if masked else [resample, normalise]
+    steps: list[Step] = [Orient(), *([Crop()] if crop else []), *middle, Pad(shape=patch)]
     return Plan(
         name=fingerprint.name,
         channels=fingerprint.channels,
@@ -126,7 +125,9 @@ def kept_share(fingerprint: Fingerprint) -> float:
 
 def hounsfield(fingerprint: Fingerprint, channel: int) -> Scale:
     """Fixed numbers for a channel whose unit means the same in every scan: clipped to what labels hold."""
-    pooled = np.concatenate([facts.intensities[channel] for facts in fingerprint.cases.values()])
+    every = list(fingerprint.cases.values())
+    labelled = [facts for facts in every if facts.voxels] or every  # a case without labels would add its air
+    pooled = np.concatenate([facts.intensities[channel] for facts in labelled])
     low, high = np.percentile(pooled, [0.5, 99.5])
     mean, deviation = float(pooled.mean()), max(float(pooled.std()), 1e-3)
     return Scale(by="dataset", low=float(low), high=float(high), mean=mean, deviation=deviation)
@@ -264,13 +265,29 @@ SIDES = ("7771000", "24028007")
 """SNOMED CT: left, right."""
 
 
+def _has_side(label: Label) -> bool:
+    said = set(re.findall(r"[a-z]+", label.name.lower())) & {"left", "right"}
+    return bool(said) or any(code.value in SIDES for code in label.meaning.modifiers)
+
+
 def mirror_rule(labels: tuple[Label, ...], machine: Machine) -> tuple[tuple[bool, bool, bool], str]:
     """Left and right are each other's mirror image; front and back, head and feet are not."""
-    sided = [label.name for label in labels if any(code.value in SIDES for code in label.meaning.modifiers)]
+    sided = [label.name for label in labels if _has_side(label)]
     if sided:
         return (False, False, False), f"{sided[0]} has a side, which a mirror would exchange"
+    unnamed = [label.name for label in labels if re.fullmatch(r"label_\d+", label.name)]
+    if unnamed:
+        return (
+            False,
+            False,
+            False,
+        ), f"nobody said what {unnamed[0]} is: it may have a side, which a mirror would exchange"
     if not machine.has_gpu:  # measured: hippocampus, five minutes on two cores, Dice 0.872 with and 0.879 without
-        return (False, False, False), "no label has a side, but the few steps a CPU can afford go further without mirrors"
+        return (
+            False,
+            False,
+            False,
+        ), "no label has a side, but the few steps a CPU can afford go further without mirrors"
     return (True, False, False), "no label has a side: a body mirrored left to right is a body, upside down it is none"
 
 

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Bool, Shaped
+from scipy import ndimage
 
 from .patches import cut
 from .records import BadRecord
@@ -40,6 +41,8 @@ class Trail:
 
     def follow(self, labels: Volume) -> Volume:
         """Labels brought along the way their image went, without interpolating between label values."""
+        if self.taken:  # one grid to the bit: rounding in a file must not turn them another way than their image
+            labels = labels.with_voxels(labels.voxels, geometry=self.taken[0].before)
         for one in self.taken:
             labels = one.step.follow(labels, one.after)
         return labels
@@ -137,7 +140,8 @@ class Scale:
     by: Literal["scan", "dataset"]
     """`scan`: its own mean and deviation (MR has no unit). `dataset`: fixed numbers (CT means the same everywhere)."""
     nonzero: bool = False
-    """Used by `scan` alone: measure where the channel is not zero, for scans whose background was stripped."""
+    """Used by `scan` alone: measure where some channel is not zero, and leave 0 elsewhere: for scans whose background was
+    stripped."""
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
@@ -155,7 +159,8 @@ class Normalise:
     """One rule per channel, in the plan's order."""
 
     def apply(self, volume: Volume) -> Volume:
-        scaled = [_scaled(voxels, scale) for voxels, scale in zip(volume.voxels, self.channels, strict=True)]
+        seen = _seen(volume) if any(scale.nonzero for scale in self.channels) else None
+        scaled = [_scaled(voxels, scale, seen) for voxels, scale in zip(volume.voxels, self.channels, strict=True)]
         return volume.with_voxels(np.stack(scaled))
 
     def follow(self, labels: Volume, after: Geometry) -> Volume:
@@ -233,15 +238,24 @@ def _placed(volume: Volume, target: Geometry, outside: float) -> Volume:
     return volume.with_voxels(cut(volume.voxels, start, target.shape, outside), geometry=target)
 
 
-def _scaled(voxels: Shaped[np.ndarray, "i j k"], scale: Scale) -> Shaped[np.ndarray, "i j k"]:
+def _seen(volume: Volume) -> Bool[np.ndarray, "i j k"]:
+    """Where some channel is not zero, and what that encloses: a dark spot in a brain is brain."""
+    seen: np.ndarray = ndimage.binary_fill_holes(np.any(volume.voxels != 0, axis=0))
+    return seen
+
+
+def _scaled(
+    voxels: Shaped[np.ndarray, "i j k"], scale: Scale, seen: Bool[np.ndarray, "i j k"] | None
+) -> Shaped[np.ndarray, "i j k"]:
     values = voxels.astype(np.float32)
     if scale.by == "dataset":
         return (np.clip(values, scale.low, scale.high) - scale.mean) / scale.deviation
-    inside = values[values != 0] if scale.nonzero else values
+    inside = values[seen] if scale.nonzero and seen is not None else values
     deviation = float(inside.std(dtype=np.float64)) if inside.size else 0.0
     if deviation <= 1e-8 * max(1.0, float(np.abs(values).max())):
         raise ScanError(
             "A channel has the same value in every voxel; a scan with contrast is needed. "
             "Look at the file: an empty series or a failed export is the usual reason."
         )
-    return (values - np.float32(inside.mean(dtype=np.float64))) / np.float32(deviation)
+    scaled = (values - np.float32(inside.mean(dtype=np.float64))) / np.float32(deviation)
+    return scaled if seen is None or not scale.nonzero else np.where(seen, scaled, np.float32(0))

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from jaxtyping import Integer
+from jaxtyping import Integer, UInt8
 from pydicom.dataset import Dataset
 
 from preprocessing.codes import Code
 from preprocessing.plan import Label
+from preprocessing.regions import carrying, names_in_map, values_of
 
 from ..report import Result, hilum_version
 from . import _dicom
@@ -31,7 +32,7 @@ class Config:
 
     kind: Literal["binary", "labelmap", "both"] = "binary"
     """binary: one bit per label and voxel, which every archive takes; labelmap: one number per voxel, smaller with
-    many labels, known to new archives only; both: one file of each."""
+    many labels, known to new archives only, and of a region only what no other covers; both: one file of each."""
 
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
@@ -61,13 +62,20 @@ def _segmentation(
     numbers = {label.value: label.value if kind == "LABELMAP" else n for n, label in enumerate(found or sought, 1)}
     # an object must have a frame: where nothing was found, each label that was sought gets one, and it is empty
     shown = range(result.scan.geometry.shape[2]) if found else [result.scan.geometry.shape[2] // 2]
-    planes = _renumbered(result.labels.voxels[0][:, :, shown].transpose(2, 1, 0), numbers)
+    planes = result.labels.voxels[0][:, :, shown].transpose(2, 1, 0)
+    values = values_of(result.label_table)
+    overlapping = kind == "BINARY" and any(len(own) > 1 for own in values.values())
+    names = names_in_map(result.label_table) if kind == "LABELMAP" else {}
+    segments = [values[label.name] for label in found or sought]
     positions = [_dicom.position_of(result.scan.geometry, k) for k in shown]
     segmentation = highdicom.seg.Segmentation(
         source_images=[_stand_in(result, origin)],
-        pixel_array=planes,
+        pixel_array=_side_by_side(planes, segments) if overlapping else _renumbered(planes, numbers),
         segmentation_type=kind,
-        segment_descriptions=[_described(label, numbers[label.value], result) for label in found or sought],
+        segment_descriptions=[
+            _described(label, numbers[label.value], names.get(label.name, label.name), result)
+            for label in found or sought
+        ],
         series_instance_uid=_dicom.uid("segmentation series", print_),
         series_number=SERIES_NUMBER + origin.series_number,
         sop_instance_uid=_dicom.uid("segmentation", print_, kind),
@@ -99,7 +107,14 @@ def _renumbered(planes: Integer[np.ndarray, "k j i"], numbers: dict[int, int]) -
     return table[planes]
 
 
-def _described(label: Label, number: int, result: Result) -> Dataset:
+def _side_by_side(
+    planes: Integer[np.ndarray, "k j i"], segments: Sequence[tuple[int, ...]]
+) -> UInt8[np.ndarray, "k j i segment"]:
+    """A plane for each segment, as regions overlap."""
+    return np.stack([carrying(planes, values) for values in segments], axis=-1).astype(np.uint8)
+
+
+def _described(label: Label, number: int, name: str, result: Result) -> Dataset:
     import highdicom
     from highdicom.color import CIELabColor
     from pydicom.sr.codedict import codes
@@ -107,7 +122,7 @@ def _described(label: Label, number: int, result: Result) -> Dataset:
     meaning = label.meaning
     described = highdicom.seg.SegmentDescription(
         segment_number=number,
-        segment_label=_dicom.one_line(label.name),
+        segment_label=_dicom.one_line(name),
         segmented_property_category=_concept(meaning.category),
         segmented_property_type=_concept(meaning.type),
         algorithm_type="AUTOMATIC",

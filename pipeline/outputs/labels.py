@@ -9,6 +9,7 @@ from scipy import ndimage
 
 from preprocessing import files
 from preprocessing.plan import Label
+from preprocessing.regions import names_in_map
 
 from ..report import Result, write_whole
 
@@ -46,17 +47,18 @@ def _name_segments(path: Path, result: Result) -> None:
         "Segmentation_ContainedRepresentationNames:=Binary labelmap|",
         "Segmentation_ReferenceImageExtentOffset:=0 0 0",
     ]
+    names = names_in_map(result.label_table)
     for number, label in enumerate(result.label_table):
         box = boxes[label.value - 1] if label.value <= len(boxes) else None
-        pairs += [f"Segment{number}_{key}:={value}" for key, value in _segment(label, box).items()]
+        pairs += [f"Segment{number}_{key}:={value}" for key, value in _segment(label, names[label.name], box).items()]
     write_whole(path, b"\n".join([header, *(pair.encode() for pair in pairs)]) + b"\n\n" + voxels)
 
 
-def _segment(label: Label, box: tuple[slice, ...] | None) -> dict[str, str]:
+def _segment(label: Label, name: str, box: tuple[slice, ...] | None) -> dict[str, str]:
     spans = [f"{part.start} {part.stop - 1}" for part in box] if box else ["0 -1"] * 3
     return {
         "ID": f"Segment_{label.value}",
-        "Name": " ".join(label.name.split()),
+        "Name": " ".join(name.split()),
         "Color": " ".join(f"{channel / 255:.6g}" for channel in label.colour),
         "LabelValue": str(label.value),
         "Layer": "0",

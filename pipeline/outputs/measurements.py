@@ -9,6 +9,7 @@ from jaxtyping import Bool
 from scipy import ndimage
 
 from preprocessing.plan import Label
+from preprocessing.regions import Place, places
 from preprocessing.volume import Geometry
 
 from ..report import Result, as_json, grid, write_whole
@@ -57,20 +58,11 @@ def calibrated(result: Result) -> str:
 
 
 def measure(result: Result) -> tuple[Measurement, ...]:
-    """Every label of the package, in its order, found or not."""
-    voxels = result.labels.voxels[0]
-    highest = max((label.value for label in result.label_table), default=0)
-    boxes = ndimage.find_objects(voxels, max_label=max(highest, 1))
-    measured = []
-    for label in result.label_table:
-        box = boxes[label.value - 1]
-        confidence = result.confidence.get(label.name)
-        if box is None:
-            measured.append(_absent(label))
-        else:
-            mask = voxels[box] == label.value
-            measured.append(_present(label, mask, [part.start for part in box], result.scan.geometry, confidence))
-    return tuple(measured)
+    """Every label of the package, in its order, found or not; a region with the regions in it."""
+    return tuple(
+        _present(label, place, result.scan.geometry, result.confidence.get(label.name)) if place else _absent(label)
+        for label, place in places(result.labels.voxels[0], result.label_table)
+    )
 
 
 def _absent(label: Label) -> Measurement:
@@ -87,11 +79,9 @@ def _absent(label: Label) -> Measurement:
     )
 
 
-def _present(
-    label: Label, mask: Bool[np.ndarray, "i j k"], start: list[int], geometry: Geometry, confidence: float | None
-) -> Measurement:
-    parts, count = ndimage.label(mask, structure=TOUCHING)
-    voxels = int(mask.sum())
+def _present(label: Label, place: Place, geometry: Geometry, confidence: float | None) -> Measurement:
+    parts, count = ndimage.label(place.mask, structure=TOUCHING)
+    voxels = int(place.mask.sum())
     return Measurement(
         name=label.name,
         value=label.value,
@@ -99,21 +89,20 @@ def _present(
         volume_ml=voxels * geometry.voxel_ml,
         components=int(count),
         largest_component_ml=int(np.bincount(parts.ravel())[1:].max()) * geometry.voxel_ml,
-        bounding_box_mm=_bounding_box(mask, start, geometry),
-        centroid_mm=_millimetres(geometry.to_world(_centroid(mask) + start)),
+        bounding_box_mm=_bounding_box(place, geometry),
+        centroid_mm=_millimetres(geometry.to_world(_centroid(place.mask) + place.start)),
         mean_confidence=None if confidence is None else float(confidence),
     )
 
 
-def _bounding_box(
-    mask: Bool[np.ndarray, "i j k"], start: list[int], geometry: Geometry
-) -> tuple[Millimetres, Millimetres]:
+def _bounding_box(place: Place, geometry: Geometry) -> tuple[Millimetres, Millimetres]:
     """A linear function over voxels is least and greatest at the ends of their lines along k: a few points do."""
+    mask = place.mask
     i, j = np.nonzero(mask.any(axis=2))
     lines = mask[i, j]
     first, last = lines.argmax(axis=1), mask.shape[2] - 1 - lines[:, ::-1].argmax(axis=1)
     ends = np.concatenate([np.stack([i, j, first], axis=1), np.stack([i, j, last], axis=1)])
-    points = geometry.to_world(ends + start)
+    points = geometry.to_world(ends + place.start)
     half = np.abs(geometry.affine[:3, :3]).sum(axis=1) / 2  # from a voxel's centre to its farthest corner, per axis
     return _millimetres(points.min(axis=0) - half), _millimetres(points.max(axis=0) + half)
 
@@ -133,7 +122,7 @@ def _document(result: Result, measured: tuple[Measurement, ...]) -> dict[str, An
         "case": result.case_id,
         "package": {"id": result.package_id, "name": result.package_name},
         "words": {
-            "volume_ml": "voxels times the volume of one voxel",
+            "volume_ml": "voxels times the volume of one voxel; a region has those of the regions in it, too",
             "components": "parts whose voxels share a face, an edge or a corner",
             "bounding_box_mm": "lowest and highest x, y, z (RAS+) of the outer faces of its voxels",
             "centroid_mm": "mean of its voxel centres, RAS+",

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
 from preprocessing.plan import Label
+from preprocessing.regions import places
 from preprocessing.volume import Geometry
 
 from ..errors import UsageError
@@ -203,25 +204,26 @@ def find(view: View, label_table: Sequence[Label], centre_on: str = "") -> Findi
             f"The overlay was asked to centre on {centre_on!r}; this package has the labels "
             f"{', '.join(label.name for label in label_table)}. Choose one of them, or leave it empty for the largest."
         )
-    return _largest(view.labels, asked) or _largest(view.labels, label_table) or _nothing(view.labels.shape)
+    largest = _largest(view.labels, label_table, asked) or _largest(view.labels, label_table, label_table)
+    return largest or _nothing(view.labels.shape)
 
 
-def _largest(labels: Integer[np.ndarray, "x y z"], among: Sequence[Label]) -> Finding | None:
-    boxes = ndimage.find_objects(labels, max_label=max((label.value for label in among), default=1))
+def _largest(
+    labels: Integer[np.ndarray, "x y z"], label_table: Sequence[Label], among: Sequence[Label]
+) -> Finding | None:
     best, best_size = None, 0
-    for label in among:
-        box = boxes[label.value - 1]
-        if box is None:
+    for label, place in places(labels, label_table, among):
+        if place is None:
             continue
-        parts, _ = ndimage.label(labels[box] == label.value, structure=np.ones((3, 3, 3)))
+        parts, _ = ndimage.label(place.mask, structure=np.ones((3, 3, 3)))
         sizes = np.bincount(parts.ravel())[1:]
         if sizes.max() > best_size:
             best_size = int(sizes.max())
-            best = _finding(label, parts == 1 + int(sizes.argmax()), [part.start for part in box])
+            best = _finding(label, parts == 1 + int(sizes.argmax()), place.start)
     return best
 
 
-def _finding(label: Label, part: Bool[np.ndarray, "x y z"], start: list[int]) -> Finding:
+def _finding(label: Label, part: Bool[np.ndarray, "x y z"], start: tuple[int, int, int]) -> Finding:
     box, centre = [], []
     for axis in range(3):
         area = part.sum(axis=tuple(other for other in range(3) if other != axis))

@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import ImplicitVRLittleEndian
-from scipy import ndimage
 
 from preprocessing.codes import Code
 from preprocessing.plan import Label
+from preprocessing.regions import Place, places
 from preprocessing.volume import LPS_TO_RAS, Geometry
 
 from ..report import Result
@@ -76,15 +76,11 @@ def _structure_set(result: Result, origin: _dicom.Origin, now: datetime.datetime
 
 def _contoured(result: Result) -> list[tuple[Label, list["Contour"]]]:
     """Each label that was found, with its contours. Where nothing was found, each that was sought, without any."""
-    voxels = result.labels.voxels[0]
-    highest = max((label.value for label in result.label_table), default=0)
-    boxes = ndimage.find_objects(voxels, max_label=max(highest, 1))
-    found = []
-    for label in result.label_table:
-        box = boxes[label.value - 1]
-        if box is not None:
-            mask = voxels[box] == label.value
-            found.append((label, list(_contours(mask, [part.start for part in box], result.scan.geometry))))
+    found = [
+        (label, list(_contours(place, result.scan.geometry)))
+        for label, place in places(result.labels.voxels[0], result.label_table)
+        if place
+    ]
     return found or [(label, []) for label in result.label_table]
 
 
@@ -97,14 +93,14 @@ class Contour:
     """LPS millimetres."""
 
 
-def _contours(mask: Bool[np.ndarray, "i j k"], start: list[int], geometry: Geometry) -> Iterator[Contour]:
+def _contours(place: Place, geometry: Geometry) -> Iterator[Contour]:
     lps = LPS_TO_RAS @ geometry.affine
-    for k in range(mask.shape[2]):
-        for corners in outlines(mask[:, :, k].T):
+    for k, plane in enumerate(np.moveaxis(place.mask, 2, 0), start=place.start[2]):
+        for corners in outlines(plane.T):
             # a corner lies half a voxel before the voxel of its number
-            ij = np.array(corners, dtype=np.float64) - 0.5 + start[:2]
-            ijk = np.column_stack([ij, np.full(len(ij), start[2] + k)])
-            yield Contour(k=start[2] + k, points=ijk @ lps[:3, :3].T + lps[:3, 3])
+            ij = np.array(corners, dtype=np.float64) - 0.5 + place.start[:2]
+            ijk = np.column_stack([ij, np.full(len(ij), k)])
+            yield Contour(k=k, points=ijk @ lps[:3, :3].T + lps[:3, 3])
 
 
 # from pixels to outlines

@@ -1,7 +1,6 @@
 """The stored values of frames, whatever way they are packed, unpacked in worker threads."""
 
 import hashlib
-import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from ..cores import usable_cores
 from ..volume import UnreadableScan
 from .headers import ITEM, SEQUENCE_END, Header, PixelData, text
 
@@ -136,7 +136,7 @@ def decode_all(
     return Decoded(sha256=hashlib.sha256("".join(hashes).encode()).hexdigest(), mended=tuple(sorted(mended)))
 
 
-WORKERS = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, 16)
+WORKERS = min(usable_cores(), 16)
 
 
 def _finish(futures: list[Future[None]]) -> None:

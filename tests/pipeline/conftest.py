@@ -11,7 +11,7 @@ from networks import residual_unet
 from pipeline import package
 from pipeline.package import Fold, ModelPackage
 from preprocessing import files
-from preprocessing.plan import Label, Plan
+from preprocessing.plan import Label, Plan, Recipe
 from preprocessing.records import encode
 from preprocessing.steps import Normalise, Orient, Pad, Resample, Scale
 from preprocessing.volume import Geometry, Volume
@@ -50,6 +50,7 @@ def make_plan() -> Callable[..., Plan]:
             patch=(16, 16, 16),
             batch=2,
             dataset="ab" * 32,
+            recipe=Recipe(mirror=(True, True, True)),
         )
 
     return made

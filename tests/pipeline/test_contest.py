@@ -77,11 +77,13 @@ def test_a_package_that_does_not_tell_its_cases_has_a_mean(tiny: Path, make_run:
     assert not contest.same_cases
 
 
-def evaluation(path: Path, dice: dict[str, float], tolerance_mm: float = 1.0) -> Path:
+def evaluation(
+    path: Path, dice: dict[str, float], tolerance_mm: float = 1.0, surface: str = "voxels", label: str = "liver"
+) -> Path:
     values = {"nsd": 0.9, "hd95_mm": 2.0, "assd_mm": 1.0, "lesion_f1": None}
-    cases = {case: {"liver": {"dice": value, **values}} for case, value in dice.items()}
+    cases = {case: {label: {"dice": value, **values}} for case, value in dice.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"cases": cases, "tolerance_mm": tolerance_mm, "surface": "voxels"}))
+    path.write_text(json.dumps({"cases": cases, "tolerance_mm": tolerance_mm, "surface": surface}))
     return path
 
 
@@ -93,9 +95,31 @@ def test_evaluations_are_compared_by_every_number(tmp_path: Path) -> None:
     contest = compare(runs, tmp_path / "runs.html")
     assert list(contest.standings) == ["dice", "nsd", "hd95_mm", "assd_mm", "lesion_f1"]
     assert [one.run for one in contest.standings["dice"]] == ["b/s", "a/s"]
-    assert contest.standings["nsd"][1].to_best["liver"].said == "no case differs"
+    assert contest.standings["assd_mm"][1].to_best["liver"].said == "no case differs"
     assert contest.differing == {"tolerance_mm": {"a/s": "1", "b/s": "2"}}
     assert contest.standings["lesion_f1"][0].mean is None
+
+
+def test_what_was_measured_in_different_ways_has_no_difference(tmp_path: Path) -> None:
+    one = evaluation(tmp_path / "one.json", dice(0.8))
+    for changed, lost in (({"tolerance_mm": 2.0}, {"nsd"}), ({"surface": "surfels"}, {"nsd", "hd95_mm", "assd_mm"})):
+        contest = compare([one, evaluation(tmp_path / "other.json", dice(0.9), **changed)], tmp_path / "runs.html")
+        untold = {metric for metric, (_, second) in contest.standings.items() if second.to_best is None}
+        (caution,) = contest.cautions
+        assert untold == lost and next(iter(changed)) in caution and caution in (tmp_path / "runs.html").read_text()
+    assert not compare([one, evaluation(tmp_path / "alike.json", dice(0.7))]).cautions
+
+
+def test_means_over_other_labels_are_said_to_be_so(tmp_path: Path) -> None:
+    runs = [evaluation(tmp_path / f"{label}.json", dice(0.8), label=label) for label in ("liver", "spleen")]
+    (caution,) = compare(runs, tmp_path / "runs.html").cautions
+    assert "not measured by the same labels" in caution and caution in (tmp_path / "runs.html").read_text()
+
+
+def test_a_package_and_an_evaluation_share_no_case_and_are_said_to(make_run: MakeRun, tmp_path: Path) -> None:
+    contest = compare([make_run("one", dice(0.8)), evaluation(tmp_path / "s.json", dice(0.9))], tmp_path / "runs.html")
+    assert "keeps no names of cases" in contest.cautions[-1]
+    assert "keeps no names of cases" in (tmp_path / "runs.html").read_text()
 
 
 def test_names_are_text_on_the_page(tmp_path: Path) -> None:

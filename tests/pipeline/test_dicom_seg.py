@@ -118,13 +118,21 @@ def by_highdicom(path: Path, result: Result) -> np.ndarray:
 
 
 def frame_by_frame(path: Path, result: Result) -> np.ndarray:
+    """As label values."""
+    found = np.zeros(result.scan.geometry.shape, int)
+    for name, mask in segments_in(path, result).items():
+        found[mask] = NAMES[name]
+    return found
+
+
+def segments_in(path: Path, result: Result) -> dict[str, np.ndarray]:
     """As pydicom-seg and dcmqi read it: every frame by its own position and segment number, nothing else."""
     data = pydicom.dcmread(path)
     shared = data.SharedFunctionalGroupsSequence[0]
     names = {item.SegmentNumber: item.SegmentLabel for item in data.SegmentSequence}
     spacing = [float(x) for x in shared.PixelMeasuresSequence[0].PixelSpacing]
     cosines = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=float)
-    found = np.zeros(result.scan.geometry.shape, int)
+    found = {name: np.zeros(result.scan.geometry.shape, bool) for name in names.values()}
     for plane, group in zip(data.pixel_array, data.PerFrameFunctionalGroupsSequence, strict=True):
         name = names[group.SegmentIdentificationSequence[0].ReferencedSegmentNumber]
         start = np.array(group.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
@@ -132,7 +140,7 @@ def frame_by_frame(path: Path, result: Result) -> np.ndarray:
             lps = start + cosines[:3] * spacing[1] * column + cosines[3:] * spacing[0] * row
             voxel = result.scan.geometry.to_voxel(lps * (-1, -1, 1))
             np.testing.assert_allclose(voxel, voxel.round(), atol=1e-5)
-            found[tuple(voxel.round().astype(int))] = NAMES[name]
+            found[name][tuple(voxel.round().astype(int))] = True
     return found
 
 
@@ -152,6 +160,36 @@ def test_a_label_map_object_holds_the_labels_own_numbers(phantom: Result, tmp_pa
     assert [item.SegmentNumber for item in data.SegmentSequence] == [0, 3, 7, 9]
     np.testing.assert_array_equal(by_highdicom(path, phantom), phantom.labels.voxels[0])
     np.testing.assert_array_equal(read_labels(path, phantom.scan, {}).voxels, phantom.labels.voxels)
+
+
+REGIONS = tuple(replace(each, parts={3: (1, 2, 3), 7: (2, 3), 9: (3,)}[each.value]) for each in TABLE)
+
+
+@pytest.mark.parametrize("inside", [(7, 9), (9,)], ids=["all are painted", "the middle one is painted over"])
+def test_regions_overlap_and_each_is_there_whole(inside: tuple[int, ...], phantom: Result, tmp_path: Path) -> None:
+    values = np.where(
+        np.isin(phantom.labels.voxels, (3, *inside)), phantom.labels.voxels, 9 * (phantom.labels.voxels > 0)
+    )
+    labels = phantom.labels.with_voxels(values.astype(np.uint8))
+    path = written(replace(phantom, labels=labels, label_table=REGIONS), tmp_path)
+    found = segments_in(path, phantom)
+    assert list(found) == ["liver", "kidney_left", "lesion"]
+    for mask, own in zip(found.values(), ((3, 7, 9), (7, 9), (9,)), strict=True):
+        np.testing.assert_array_equal(mask, np.isin(values[0], own))
+    assert errors_in(path) == []
+
+
+def test_regions_of_a_label_map_object_are_called_by_what_is_left_of_them(phantom: Result, tmp_path: Path) -> None:
+    path = written(replace(phantom, label_table=REGIONS), tmp_path, "labelmap")
+    names = [item.SegmentLabel for item in pydicom.dcmread(path).SegmentSequence if item.SegmentNumber]
+    assert names == ["liver without kidney_left and lesion", "kidney_left without lesion", "lesion"]
+    np.testing.assert_array_equal(read_labels(path, phantom.scan, {}).voxels, phantom.labels.voxels)
+
+
+def test_no_region_found_is_an_object_that_says_what_was_sought(phantom: Result, tmp_path: Path) -> None:
+    nothing = phantom.labels.with_voxels(np.zeros_like(phantom.labels.voxels))
+    found = segments_in(written(replace(phantom, labels=nothing, label_table=REGIONS), tmp_path), phantom)
+    assert list(found) == list(NAMES) and not any(mask.any() for mask in found.values())
 
 
 def test_both_are_two_objects_of_one_series(phantom: Result, tmp_path: Path) -> None:

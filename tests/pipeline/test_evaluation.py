@@ -11,14 +11,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline import gallery
+from pipeline.cli import main
 from pipeline.errors import UsageError
 from pipeline.evaluation import NothingToEvaluate, evaluate, table
 from pipeline.outputs import dicom_seg, rtstruct
-from pipeline.references import Key, read_image
+from pipeline.references import Key, Maps, read_image, read_key
 from pipeline.report import Result
 from pipeline.scorecard import worst
 from preprocessing import dicom, files
 from preprocessing.declared import label_table
+from preprocessing.reading import Reading
 from preprocessing.volume import Geometry, Volume
 
 SPACING = (0.8, 1.1, 2.5)
@@ -180,6 +183,152 @@ def test_the_scan_is_found_where_segment_says_it_lay(tmp_path: Path) -> None:
     assert read_image("x", prediction, Key()) is None
 
 
+def test_a_torn_report_costs_the_scan_behind_a_picture_and_nothing_else(tmp_path: Path) -> None:
+    save(block(2, 12), tmp_path / "p" / "x" / "labels.nii.gz")
+    (tmp_path / "p" / "x" / "report.json").write_text('{"sources": ["/sc')
+    save(block(4, 12), tmp_path / "r" / "x.nii.gz")
+    evaluate(tmp_path / "p", tmp_path / "r", tmp_path / "s.json")
+    assert "data:image/png" in (tmp_path / "s.html").read_text()
+
+
+def test_what_was_measured_is_written_before_any_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def torn(*_: object) -> str:
+        raise RuntimeError("no page today")
+
+    save(block(2, 12), tmp_path / "p" / "x.nii.gz")
+    save(block(4, 12), tmp_path / "r" / "x.nii.gz")
+    monkeypatch.setattr("pipeline.evaluation.page", torn)
+    with pytest.raises(RuntimeError, match="no page today"):
+        evaluate(tmp_path / "p", tmp_path / "r", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text())["mean_dice"] < 1 and (tmp_path / "s.csv").exists()
+
+
+def test_a_picture_looks_where_what_was_looked_for_is_wrong() -> None:
+    """Another value of the same region, or a label nobody looked for, is not wrong."""
+    given = block(2, 12)
+    holed = given.copy()
+    holed[2:12, 4:6, 3] = 0
+    decoyed = holed.copy()
+    decoyed[2:12, 4:12, 6] = 2
+    decoyed[:, :, 9] = 7
+    grid = Geometry(shape=given.shape, affine=np.diag([*SPACING, 1.0]))
+    maps = (Maps(predicted=each, given=given, geometry=grid) for each in (holed, decoyed, given))
+    seen, beside_decoys, right = (gallery.picture(each, {"whole": (1, 2), "unlooked": ()}, None) for each in maps)
+    assert seen == beside_decoys and seen != right
+
+
+def dataset_of_csv(folder: Path, rows: dict[str, str]) -> Path:
+    """Scan and reference of every case, and what was looked for in it."""
+    for case in rows:
+        save(np.random.default_rng(0).normal(size=(20, 16, 10)).astype(np.float32), folder / "scans" / f"{case}.nii.gz")
+    lines = [f"{case},scans/{case}.nii.gz,drawn/{case}.nii.gz,{looked_for}" for case, looked_for in rows.items()]
+    (folder / "cases.csv").write_text("\n".join(["id,mr,labels,annotated", *lines]))
+    return folder / "cases.csv"
+
+
+def test_a_csv_says_where_references_lie_and_what_was_looked_for(tmp_path: Path) -> None:
+    for case in "ab":
+        save(block(2, 8) + block(8, 12, 2), tmp_path / "p" / f"{case}.nii.gz")
+        save(block(2, 8) + (case == "b") * block(8, 12, 2), tmp_path / "d" / "drawn" / f"{case}.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1, "lesion": 2, "ignore": 9})
+    key = read_key(dataset_of_csv(tmp_path / "d", {"a": "liver", "b": ""}), tmp_path / "p")
+    assert key.ignored == 9 and key.annotated == {"a": ("liver",)}
+    assert read_image("a", tmp_path / "p" / "a.nii.gz", key) is not None
+    found = evaluate(tmp_path / "p", tmp_path / "d" / "cases.csv", tmp_path / "s.json")
+    assert [(score.case_id, score.label) for score in found.scores] == [("a", "liver"), ("b", "liver"), ("b", "lesion")]
+    assert found.mean_dice == 1 and found.partly_annotated == ("a",) and not found.failed
+
+
+def test_a_csv_without_labels_of_a_case_measures_the_others(tmp_path: Path) -> None:
+    for case in "ab":
+        save(block(2, 8), tmp_path / "p" / f"{case}.nii.gz")
+    save(block(2, 8), tmp_path / "d" / "drawn" / "a.nii.gz")
+    path = dataset_of_csv(tmp_path / "d", {"a": "", "b": ""})
+    assert list(evaluate(tmp_path / "p", path).failed) == ["b"]  # named, and not there
+    path.write_text(path.read_text().replace("drawn/b.nii.gz", ""))
+    found = evaluate(tmp_path / "p", path)
+    assert found.unmatched_predictions == ("b",) and not found.failed and found.mean_dice == 1
+    path.write_text(path.read_text().replace("\nb,", "\na,"))
+    with pytest.raises(UsageError, match="is the id of 2 cases"):
+        evaluate(tmp_path / "p", path)
+
+
+def test_a_label_that_is_none_was_not_looked_for(tmp_path: Path) -> None:
+    save(block(2, 8), tmp_path / "p" / "a.nii.gz")
+    save(block(2, 8), tmp_path / "d" / "labelsTr" / "a.nii.gz")
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1}, annotated={"a": ["livr"]})
+    with pytest.raises(UsageError, match=r"a: was annotated with 'livr', which is no label.*'liver'"):
+        evaluate(tmp_path / "p", tmp_path / "d")
+
+
+def test_a_case_that_is_stored_twice_is_not_chosen_from(tmp_path: Path) -> None:
+    save(block(2, 8), tmp_path / "p" / "x.nii.gz")
+    for name in ("x.nii.gz", "x.nrrd"):
+        save(block(2, 8), tmp_path / "r" / name)
+    for sides in (("p", "r"), ("r", "p")):
+        with pytest.raises(UsageError, match=r"x: is stored 2 times: x\.nii\.gz, x\.nrrd"):
+            evaluate(*(tmp_path / side for side in sides))
+
+
+def test_numbers_are_labels_here_when_they_are_in_training(tmp_path: Path) -> None:
+    save(block(2, 8), tmp_path / "p" / "x.nii.gz")
+    save(block(2, 8).astype(np.float32) * np.float32(1.0005), tmp_path / "r" / "x.nii.gz")
+    assert evaluate(tmp_path / "p", tmp_path / "r").mean_dice == 1
+
+
+def test_a_case_beats_the_first_channel_of_its_name(tmp_path: Path) -> None:
+    save(block(2, 12), tmp_path / "p" / "x.nii.gz")
+    save(block(2, 8), tmp_path / "p" / "x_0000.nii.gz")
+    save(block(2, 12), tmp_path / "r" / "x.nii.gz")
+    found = evaluate(tmp_path / "p", tmp_path / "r")
+    assert [score.case_id for score in found.scores] == ["x"] and found.unmatched_predictions == ("x_0000",)
+
+
+def test_every_case_is_found_in_whichever_form_segment_wrote_it(tmp_path: Path) -> None:
+    for case, name in (("a", "labels.nii.gz"), ("b", "labels.seg.nrrd"), (".c.partial", "labels.nii.gz")):
+        save(block(2, 12), tmp_path / "p" / case / name)
+        save(block(2, 12), tmp_path / "r" / f"{case}.nii.gz")
+    save(block(2, 6), tmp_path / "p" / "a" / "labels.seg.nrrd")  # beside NIfTI, of the same case
+    found = evaluate(tmp_path / "p", tmp_path / "r")
+    assert {score.case_id for score in found.scores} == {"a", "b"} and found.mean_dice == 1
+    assert not found.unmatched_predictions and not found.unmatched_references
+
+
+def test_reading_is_allowed_what_training_was(tmp_path: Path) -> None:
+    leaning = np.diag([*SPACING, 1.0])
+    leaning[0, 2] = 0.6
+    for side in ("p", "r"):
+        save(block(2, 12), tmp_path / side / "tilted.nii.gz", leaning)
+    assert "tilted" in evaluate(tmp_path / "p", tmp_path / "r").failed
+    found = evaluate(tmp_path / "p", tmp_path / "r", reading=Reading(allow=("tilt",)))
+    assert not found.failed and found.mean_dice == 1
+
+
+def test_what_the_other_prediction_lost_is_told(tmp_path: Path) -> None:
+    for case in ("a", "b", "c"):
+        save(block(2, 12), tmp_path / "r" / f"{case}.nii.gz")
+        save(block(2, 12), tmp_path / "p" / f"{case}.nii.gz")
+    save(block(2, 10), tmp_path / "o" / "a.nii.gz")
+    (tmp_path / "o" / "b.nii.gz").write_bytes(b"torn")
+    words = ["evaluate", *(str(tmp_path / side) for side in "pr"), "--out", str(tmp_path / "s.json")]
+    assert main(words) == 0 and main([*words, "--against", str(tmp_path / "o")]) == 3
+    said, page = json.loads((tmp_path / "s.json").read_text()), (tmp_path / "s.html").read_text()
+    assert list(said["against"]["failed"]) == ["b"] and said["against"]["unmatched_references"] == ["c"]
+    assert "1 of the other prediction could not be compared" in page and "1 without the other prediction: c" in page
+
+
+def test_a_night_says_on_the_command_line_what_is_in_no_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for case in ("a", "b"):
+        save(block(2, 12), tmp_path / "r" / f"{case}.nii.gz")
+        save(block(2, 12), tmp_path / "p" / f"{case}.nii.gz")
+    save(block(2, 12), tmp_path / "o" / "a.nii.gz")
+    words = ["evaluate", *(str(tmp_path / side) for side in "pr"), "--out", str(tmp_path / "s.json"), "--allow", "tilt"]
+    assert main([*words, "--against", str(tmp_path / "o")]) == 0
+    assert "the other prediction: no prediction for 1 case(s): b" in capsys.readouterr().err
+
+
 def test_two_predictions_are_told_apart_case_by_case(tmp_path: Path) -> None:
     for number in range(9):
         save(block(2, 12), tmp_path / "r" / f"c{number}.nii.gz")
@@ -197,15 +346,65 @@ def test_two_predictions_are_told_apart_case_by_case(tmp_path: Path) -> None:
     assert "Difference to the other prediction" in (tmp_path / "s.html").read_text() and "p = 0.004" in table(found)
 
 
+def result_of(scan: Volume, labels: dict[str, int]) -> Result:
+    """A block of each label, one beside the other."""
+    found = np.zeros((1, *scan.geometry.shape), np.uint8)
+    for n, value in enumerate(labels.values()):
+        found[0, 2 + 3 * n : 5 + 3 * n, 3:8, 2:6] = value
+    return Result(
+        case_id="x", scan=scan, labels=Volume(voxels=found, geometry=scan.geometry, channels=("labels",)),
+        label_table=label_table(labels), package_id="0" * 64, package_name="none",
+    )  # fmt: skip
+
+
+def test_the_names_of_dicom_labels_are_those_of_all_files(tmp_path: Path) -> None:
+    """The first file has no lesion, and no file may lose its own."""
+    for case, labels in (("a", {"liver": 1}), ("b", {"liver": 1, "lesion": 2})):
+        result = result_of(series(tmp_path / "d" / "imagesTr" / case), labels)
+        for side in (tmp_path / "d" / "labelsTr" / case, tmp_path / "p" / case):
+            side.mkdir(parents=True)
+            dicom_seg.write(result, side, dicom_seg.Config())
+    found = evaluate(tmp_path / "p", tmp_path / "d", tmp_path / "s.json")
+    assert not found.failed and not found.left_out
+    assert [(score.case_id, score.label, score.dice) for score in found.scores] == [
+        ("a", "liver", 1), ("a", "lesion", None), ("b", "liver", 1), ("b", "lesion", 1),
+    ]  # fmt: skip
+    describe(tmp_path / "d", labels={"background": 0, "liver": 1})
+    assert evaluate(tmp_path / "p", tmp_path / "d", tmp_path / "s.json").left_out == ("lesion",)
+    assert "1 drawn in DICOM objects and none of the labels" in (tmp_path / "s.html").read_text()
+
+
+def test_two_dicom_objects_lie_on_the_scan_that_segment_names(tmp_path: Path) -> None:
+    result = result_of(series(tmp_path / "scan"), {"liver": 1})
+    for side in ("p", "r"):
+        (tmp_path / side / "x").mkdir(parents=True)
+        dicom_seg.write(result, tmp_path / side / "x", dicom_seg.Config())
+    assert "that scan was not found" in evaluate(tmp_path / "p", tmp_path / "r").failed["x"]
+    (tmp_path / "p" / "x" / "report.json").write_text(json.dumps({"sources": [str(tmp_path / "scan")]}))
+    assert evaluate(tmp_path / "p", tmp_path / "r").mean_dice == 1
+
+
+def test_regions_are_not_measured_in_dicom_objects(tmp_path: Path) -> None:
+    """The whole would be left out, and its core taken for it."""
+    result = result_of(series(tmp_path / "scan"), {"whole": 1, "core": 2})
+    (tmp_path / "p" / "x").mkdir(parents=True)
+    dicom_seg.write(result, tmp_path / "p" / "x", dicom_seg.Config())
+    save(result.labels.voxels[0], tmp_path / "d" / "labelsTr" / "x.nii.gz", result.labels.geometry.affine)
+    describe(tmp_path / "d", labels={"background": 0, "whole": [1, 2], "core": [2]}, regions_class_order=[1, 2])
+    assert "whole is a region" in evaluate(tmp_path / "p", tmp_path / "d").failed["x"]
+
+
+def test_a_series_whose_pixels_are_the_labels_is_a_reference(tmp_path: Path) -> None:
+    found = result_of(series(tmp_path / "scan"), {"liver": 1, "lesion": 2}).labels
+    drawn = found.with_voxels(found.voxels.astype(np.int16))
+    dicom.write_series(drawn, tmp_path / "r" / "x", description="labels", modality="CT")
+    save(found.voxels[0], tmp_path / "p" / "x.nii.gz", found.geometry.affine)
+    assert [score.dice for score in evaluate(tmp_path / "p", tmp_path / "r").scores] == [1, 1]
+
+
 @pytest.mark.parametrize("drawn", ["references", "predictions", "both"])
 def test_dicom_segmentations_and_contours_are_put_on_the_others_grid(drawn: str, tmp_path: Path) -> None:
-    scan = series(tmp_path / "d" / "imagesTr" / "x")
-    found = np.zeros((1, *scan.geometry.shape), np.uint8)
-    found[0, 2:7, 3:8, 2:6], found[0, 8:10, 3:8, 2:6] = 1, 2
-    result = Result(
-        case_id="x", scan=scan, labels=Volume(voxels=found, geometry=scan.geometry, channels=("labels",)),
-        label_table=label_table({"liver": 1, "lesion": 2}), package_id="0" * 64, package_name="none",
-    )  # fmt: skip
+    result = result_of(scan := series(tmp_path / "d" / "imagesTr" / "x"), {"liver": 1, "lesion": 2})
     sides = {"predictions": tmp_path / "p" / "x", "references": tmp_path / "d" / "labelsTr" / "x"}
     for side, folder in sides.items():
         folder.mkdir(parents=True)
@@ -213,7 +412,7 @@ def test_dicom_segmentations_and_contours_are_put_on_the_others_grid(drawn: str,
             kind = dicom_seg if side == "references" else rtstruct
             kind.write(result, folder, kind.Config())
         else:
-            save(found[0], folder / "labels.nii.gz", scan.geometry.affine)
+            save(result.labels.voxels[0], folder / "labels.nii.gz", scan.geometry.affine)
     describe(tmp_path / "d", labels={"background": 0, "lesion": 2, "liver": 1})
     evaluation = evaluate(tmp_path / "p", tmp_path / "d", tmp_path / "s.json")
     assert not evaluation.failed and [(one.label, one.dice) for one in evaluation.summary] == [

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.errors import UsageError
 from pipeline.folds import FoldCase, fold_cases, split
 from preprocessing.plan import CaseFacts, Fingerprint
 
@@ -70,8 +71,8 @@ def test_cases_that_differ_in_nothing_are_dealt_out_one_by_one_as_they_always_we
     shuffled = sorted(ids)
     random.Random(12345).shuffle(shuffled)
     cases = [FoldCase(id=one, labels=frozenset({"liver"})) for one in ids]
-    for fold in range(folds):
-        held_out = shuffled[fold :: min(folds, len(ids))] or shuffled[:1]
+    for fold in range(min(folds, len(ids))):
+        held_out = shuffled[fold :: min(folds, len(ids))]
         assert split(cases, fold, folds)[1] == sorted(held_out)
 
 
@@ -102,14 +103,21 @@ def test_nothing_is_held_out_of_all():
 def test_a_fold_that_does_not_exist_is_refused():
     two = [FoldCase(id="a"), FoldCase(id="b")]
     for fold in (-1, 5):
-        with pytest.raises(ValueError, match="from 0 to 4"):
+        with pytest.raises(UsageError, match="from 0 to 4"):
             split(two, fold, 5)
-    with pytest.raises(ValueError, match="at least two patients"):
+    with pytest.raises(UsageError, match="at least two patients"):
         split(two[:1], 0, 5)
-    with pytest.raises(ValueError, match="2 case\\(s\\) of 1 patient"):
+    with pytest.raises(UsageError, match="2 case\\(s\\) of 1 patient"):
         split([FoldCase(id="a", patient="p"), FoldCase(id="b", patient="p")], 0, 5)
-    with pytest.raises(ValueError, match="nothing is left to train on"):
+    with pytest.raises(UsageError, match="nothing is left to train on"):
         split(two, 0, 1)
+
+
+def test_with_fewer_patients_than_folds_each_is_held_out_once_and_a_higher_fold_is_refused():
+    three = [FoldCase(id="a"), FoldCase(id="b", patient="p"), FoldCase(id="c"), FoldCase(id="d", patient="p")]
+    assert sorted(one for fold in range(3) for one in split(three, fold, 5)[1]) == ["a", "b", "c", "d"]
+    with pytest.raises(UsageError, match=r"fold 3 of 5 was asked for; 3 patients.* folds 0 to 2. Ask for one of these"):
+        split(three, 3, 5)
 
 
 def test_a_fingerprint_tells_what_folds_need():

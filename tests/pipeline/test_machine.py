@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.machine import free_memory, measure_machine, usable_cores
+from pipeline.machine import free_memory, measure_machine
+from preprocessing.cores import usable_cores
 
 GB = 10**9
 

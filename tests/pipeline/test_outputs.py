@@ -135,6 +135,14 @@ def test_labels_as_nrrd_carry_the_names_colours_and_codes_that_slicer_reads(tmp_
     assert "~SCT^91723000^Anatomical Structure~SCT^64033007^Kidney~^^~" in said["Segment1_Tags"]
 
 
+def test_a_region_in_an_nrrd_is_called_by_what_is_left_of_it(tmp_path: Path) -> None:
+    (path,) = labels.write(nested(), tmp_path, labels.Config(format="nrrd"))
+    header = path.read_bytes().split(b"\n\n")[0].decode()
+    assert [header.split(f"Segment{n}_Name:=")[1].split("\n")[0] for n in range(3)] == [
+        "liver without kidney and lesion", "kidney without lesion", "lesion",
+    ]  # fmt: skip
+
+
 def test_labels_of_a_sheared_scan_have_no_place_in_nrrd(tmp_path: Path) -> None:
     affine = np.eye(4)
     affine[0, 2] = 0.3
@@ -289,6 +297,37 @@ def test_planes_pass_through_the_largest_part_or_the_label_asked_for() -> None:
     assert asked.label == TABLE[2] and asked.centre == (5, 5, 5)
     with pytest.raises(UsageError, match="liver, kidney, lesion"):
         overlay.find(view, TABLE, "spleen")
+
+
+REGIONS = tuple(replace(each, parts={1: (1, 2, 3), 2: (2, 3), 3: (3,)}[each.value]) for each in TABLE)
+
+
+def nested() -> Result:
+    """A box in a box in a box, the outer ones larger than what is left of them, and a bit of the innermost aside."""
+    found = np.zeros((20, 20, 20), np.uint8)
+    found[2:18, 2:18, 2:18], found[3:17, 3:17, 3:17], found[4:16, 4:16, 4:15] = 1, 2, 3
+    found[19, 19, 19] = 3
+    return result_of(np.zeros(found.shape, np.float32), found, np.diag([1.0, 1.0, 2.0, 1.0]), REGIONS)
+
+
+def test_of_regions_the_planes_pass_through_the_whole_of_the_largest() -> None:
+    view = overlay.turn(nested(), overlay.Config())
+    assert view.rank[[1, 2, 3]].tolist() == [1, 2, 3], "the innermost is framed, the outermost against the background"
+    largest, asked = overlay.find(view, REGIONS), overlay.find(view, REGIONS, "kidney")
+    assert largest.label == REGIONS[0] and largest.box == ((2, 17),) * 3
+    assert asked.label == REGIONS[1] and asked.box == ((3, 16),) * 3
+
+
+def test_a_region_is_measured_with_the_regions_in_it(tmp_path: Path) -> None:
+    result = nested()
+    whole, middle, inner = measurements.measure(result)
+    assert [each.voxels for each in (whole, middle, inner)] == [16**3 + 1, 14**3 + 1, 12 * 12 * 11 + 1]
+    assert [each.volume_ml for each in (whole, middle, inner)] == pytest.approx(list(result.volumes_ml.values()))
+    assert [each.components for each in (whole, middle, inner)] == [2, 2, 2]
+    assert whole.largest_component_ml == pytest.approx(16**3 * 0.002)
+    assert whole.bounding_box_mm == ((1.5, 1.5, 3.0), (19.5, 19.5, 39.0))
+    (path,) = page.write(result, tmp_path, page.Config())
+    assert "8.19 ml" in path.read_text() and "5.49 ml" in path.read_text()
 
 
 def test_the_window_is_that_of_the_volume() -> None:

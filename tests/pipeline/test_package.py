@@ -7,6 +7,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from networks import UnknownNetwork
 from pipeline.calibration import Calibration
 from pipeline.errors import DamagedPackage, PackageError
 from pipeline.package import Fold, ModelPackage, build_network, card, temperatures, weights_file
-from pipeline.postprocessing import Chosen, Largest
+from pipeline.postprocessing import Chosen, HeldOut, Largest
 from pipeline.prediction import Inference, predict
 from preprocessing.plan import Plan
 from preprocessing.records import BadRecord, decode, encode
@@ -172,6 +173,21 @@ def test_another_fold_keeps_the_first_and_the_networks_are_averaged(
     assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 
+def test_a_card_has_the_mean_over_cases_as_compare_has_it(own: Path) -> None:
+    record = ModelPackage.load(own).record
+    fold = record.folds["0"]
+    of = {"0": {"a": 0.9}, "1": {"b": 0.6, "c": 0.6}}
+    folds = {
+        number: replace(
+            fold,
+            dice={"liver": sum(cases.values()) / len(cases)},
+            held_out=HeldOut(cases={case: {"liver": dice} for case, dice in cases.items()}),
+        )
+        for number, cases in of.items()
+    }
+    assert "| liver | 1 | 0.700 |" in card(replace(record, folds=folds))
+
+
 def a_fold(temperature: float | None = None) -> Fold:
     return Fold(
         weights="w.safetensors", dice={}, cases_trained=1, cases_held_out=1, epochs=1, minutes=0.1, seed=0,
@@ -295,3 +311,16 @@ def test_a_network_is_built_by_name_and_settings_or_refused_with_the_nearest(mak
         build_network("residual_unett", {}, make_plan())
     with pytest.raises(BadRecord, match="'width'"):
         build_network("residual_unet", {"witdh": 4}, make_plan())
+
+
+def test_folds_that_end_at_the_same_moment_are_all_there(make_package: MakePackage, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda fold: make_package(tmp_path / "both", fold=fold), range(4)))
+    assert sorted(ModelPackage.load(tmp_path / "both").record.folds) == ["0", "1", "2", "3"]
+
+
+def test_a_fold_of_another_plan_does_not_join(make_package: MakePackage, tmp_path: Path) -> None:
+    made = make_package(tmp_path / "own", ("mr",))
+    with pytest.raises(PackageError, match="another plan"):
+        make_package(tmp_path / "own", ("t1", "t2"), fold=1)
+    assert ModelPackage.load(tmp_path / "own").id == made.id

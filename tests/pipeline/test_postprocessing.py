@@ -147,6 +147,17 @@ def test_what_was_changed_is_told_in_millilitres(plain: Plan) -> None:
     assert done[2].rule == "only the largest part of lesion is kept"
 
 
+def test_a_region_loses_and_gains_with_the_regions_in_it(regions: Plan) -> None:
+    voxels = np.zeros(SHAPE, int)
+    voxels[:6, :6, :6], voxels[1:5, 1:5, 1:5], voxels[2, 2, 2], voxels[2, 2, 3] = 2, 1, 3, 0
+    voxels[8, 7, 5], voxels[8, 7, 6] = 2, 3
+    rules = (NoHoles(label="core"), NoSmaller(label="active", ml=0.01), Largest(label="whole"))
+    (core, active, whole) = clean(a_map(voxels), rules, regions)[1]
+    assert (core.removed_ml, core.added_ml) == ({}, {"whole": 0.002, "core": 0.002})
+    assert (active.removed_ml, active.added_ml) == ({"active": 0.004}, {}), "it stays in the core and the whole"
+    assert (whole.removed_ml, whole.added_ml) == ({"whole": 0.004, "core": 0.002}, {})
+
+
 def test_without_rules_nothing_is_touched(plain: Plan) -> None:
     labels = a_map(np.ones(SHAPE))
     assert clean(labels, (), plain) == (labels, ())

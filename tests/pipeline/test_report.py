@@ -58,6 +58,16 @@ def test_millilitres_are_those_of_the_ellipsoids() -> None:
     assert volumes["absent"] == 0
 
 
+def test_a_region_has_the_millilitres_of_the_regions_in_it() -> None:
+    apart = found()
+    parts = {"liver": (1, 2, 3), "kidney": (2, 3), "lesion": (3,), "absent": (4,)}
+    volumes = replace(apart, label_table=tuple(replace(each, parts=parts[each.name]) for each in TABLE)).volumes_ml
+    alone = apart.volumes_ml
+    assert volumes["liver"] == pytest.approx(alone["liver"] + alone["kidney"] + alone["lesion"])
+    assert volumes["kidney"] == pytest.approx(alone["kidney"] + alone["lesion"])
+    assert (volumes["lesion"], volumes["absent"]) == (alone["lesion"], 0)
+
+
 def test_labels_on_another_grid_are_no_result_of_this_scan() -> None:
     result = found()
     elsewhere = grid(4)

@@ -90,6 +90,21 @@ def test_every_way_of_filling_finds_the_very_voxels(together: np.ufunc, phantom:
     np.testing.assert_array_equal(filled(written(phantom, tmp_path), phantom, together), phantom.labels.voxels[0])
 
 
+def test_contours_of_a_region_go_around_the_regions_in_it(phantom: Result, tmp_path: Path) -> None:
+    parts = {"liver": (3, 7), "kidney_left": (7,), "lesion": (9,)}
+    regions = tuple(replace(label, parts=parts[label.name]) for label in phantom.label_table)
+    one = replace(
+        phantom, labels=phantom.labels.with_voxels(np.where(phantom.labels.voxels == 7, 3, phantom.labels.voxels))
+    )
+    whole, apart, united = (
+        pydicom.dcmread(written(result, tmp_path / name)).ROIContourSequence
+        for name, result in (("regions", replace(phantom, label_table=regions)), ("apart", phantom), ("one", one))
+    )
+    points = [[contour.ContourData for contour in item.ContourSequence] for item in whole]
+    assert points[0] == [contour.ContourData for contour in united[0].ContourSequence]
+    assert points[1] == [contour.ContourData for contour in apart[1].ContourSequence]
+
+
 def test_our_own_reader_finds_the_very_voxels(phantom: Result, tmp_path: Path) -> None:
     path = written(phantom, tmp_path)
     for names in (NAMES, {}):

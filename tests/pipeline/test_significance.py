@@ -44,10 +44,11 @@ def test_the_same_numbers_give_the_same_interval() -> None:
 def test_the_mean_over_labels_is_drawn_case_by_case() -> None:
     """Two labels that go up and down together are no more certain than one."""
     values = np.random.default_rng(3).random(30)
-    both = interval_of_mean(np.stack([values, values], axis=1))
-    assert both == pytest.approx(interval(values))
-    rare = np.stack([values, np.where(np.arange(30) == 0, 0.5, np.nan)], axis=1)
-    assert interval_of_mean(rare) is not None and interval_of_mean(rare[:4]) is None
+    cases = {f"{n:02d}": float(value) for n, value in enumerate(values)}
+    assert interval_of_mean({"a": cases, "b": cases}) == pytest.approx(interval(values))
+    rare = {"a": cases, "b": {"00": 0.5, "01": None, "alone": None}}
+    assert interval_of_mean(rare) == interval_of_mean({"a": dict(reversed(cases.items())), "b": {"00": 0.5}})
+    assert interval_of_mean({"a": dict(list(cases.items())[:4])}) is None and interval_of_mean({}) is None
 
 
 def test_p_values_are_those_of_scipy_and_ties_are_left_out() -> None:

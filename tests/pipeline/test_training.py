@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from pipeline import tracking
 from pipeline.batch import open_package, segment
 from pipeline.config import Segment, Train
 from pipeline.errors import Interrupted, UsageError
-from pipeline.training import Workshop, train
+from pipeline.fitting import Training, Watch
+from pipeline.training import train
+from pipeline.workshop import Workshop
 from preprocessing import files
 from preprocessing.datasets import DatasetError
 from preprocessing.phantoms import CHANNELS, LABELS, body, geometry, scan
@@ -166,6 +169,41 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
         assert_equal_to_the_bit(tmp_path / "other", undisturbed)
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_stopped_in_the_middle_of_an_epoch_it_goes_on_at_the_next_step(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: float
+) -> None:
+    plan = open_package(undisturbed).plan
+    replace(plan, recipe=replace(plan.recipe, average=average)).write(tmp_path / "plan.yaml")
+    words = WORDS | {"epochs": 2, "plan": tmp_path / "plan.yaml", "keep_seconds": 1e-6}
+    settings = Train(**words, tracking_uri=store, cache=undisturbed.parent / "cache")
+    train(dataset, tmp_path / "whole", settings)
+    steps = []
+
+    def stopped(_: object, module: Training) -> None:
+        steps.append(module.global_step)
+        if module.global_step == 5:
+            raise Interrupted("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Watch, "_tell", stopped)
+        with pytest.raises(Interrupted):
+            train(dataset, tmp_path / "broken", settings)
+        with pytest.raises(Interrupted):
+            train(dataset, tmp_path / "broken", replace(settings, resume=True))
+    assert steps == [1, 2, 3, 4, 5, 5], "the fifth was not kept yet: it is done again, and none before it"
+    train(dataset, tmp_path / "broken", replace(settings, resume=True))
+    assert_equal_to_the_bit(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_is_told_and_never_kept(
+    dataset: Path, undisturbed: Path, store: str, tmp_path: Path
+) -> None:
+    settings = Train(**WORDS, tracking_uri=store, cache=undisturbed.parent / "cache", learning_rate=1e30)
+    with pytest.raises(UsageError, match="Lower the"):
+        train(dataset, tmp_path / "package", settings)
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_random_moments_a_training_ends_as_if_nothing_had_happened(
     dataset: Path, store: str, tmp_path: Path
@@ -208,24 +246,43 @@ def wait_for_change(path: Path, process: subprocess.Popen, seconds: float = 60) 
 
 
 @pytest.mark.slow
-def test_two_processes_learn_as_one_with_twice_the_batch(
+def test_two_processes_learn_as_one_with_twice_the_batch_and_so_do_two_tasks_of_slurm(
     dataset: Path, undisturbed: Path, store: str, tmp_path: Path
 ) -> None:
     plan = open_package(undisturbed).plan
     replace(plan, batch=2).write(tmp_path / "two.yaml")
     replace(plan, batch=4).write(tmp_path / "four.yaml")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    for name, plan_file, devices in (("pair", "two.yaml", 2), ("alone", "four.yaml", 1)):
-        words = command(dataset, tmp_path / name, store, f"--plan={tmp_path / plan_file}", f"--devices={devices}")
-        subprocess.run([*words, "--device=cpu"], env=environment, check=True)
-    losses = []
-    for name in ("pair", "alone"):
-        client, run = run_of(tmp_path / name, store)
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        losses.append([point.value for point in sorted(history, key=lambda point: point.step)])
-    assert len(losses[0]) == EPOCHS and np.allclose(losses[0], losses[1], rtol=2e-3)
+
+    def words(name: str, plan_file: str, devices: int) -> list[str]:
+        more = (f"--plan={tmp_path / plan_file}", f"--devices={devices}", "--device=cpu")
+        return command(dataset, tmp_path / name, store, *more)
+
+    subprocess.run(words("alone", "four.yaml", 1), env=environment, check=True)
+    subprocess.run(words("pair", "two.yaml", 2), env=environment, check=True)
+    slurm = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+             "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_NODELIST": "127.0.0.1"}  # fmt: skip
+    tasks = [
+        subprocess.Popen(
+            words("slurm", "two.yaml", 2),
+            env=environment | slurm | {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number)},
+        )
+        for number in (1, 0)  # whoever comes first waits
+    ]
+    assert [task.wait(300) for task in tasks] == [0, 0]
+    assert_equal_to_the_bit(tmp_path / "slurm", tmp_path / "pair")
+
+    curves = [curve(tmp_path / name, store) for name in ("alone", "pair", "slurm")]
+    assert curves[1] == curves[2] and len(curves[0]) == EPOCHS
+    assert np.allclose(curves[0], curves[1], rtol=2e-3)
     one, other = (load_file(tmp_path / name / "weights-fold0.safetensors") for name in ("pair", "alone"))
     assert all(np.allclose(one[key], other[key], atol=5e-3) for key in one)
+
+
+def curve(package: Path, store: str) -> list[float]:
+    client, run = run_of(package, store)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    return [point.value for point in sorted(history, key=lambda point: point.step)]
 
 
 def test_stopped_between_package_and_registry_a_training_only_registers(
@@ -283,8 +340,6 @@ def test_a_finished_fold_is_not_trained_over(dataset: Path, undisturbed: Path) -
 def test_a_second_fold_joins_the_package_and_follows_its_plan(
     dataset: Path, undisturbed: Path, store: str, tmp_path: Path
 ) -> None:
-    import shutil
-
     out = tmp_path / "package"
     shutil.copytree(undisturbed, out)
     words = {name: value for name, value in WORDS.items() if name != "network_options"} | {"epochs": 1}
@@ -294,11 +349,19 @@ def test_a_second_fold_joins_the_package_and_follows_its_plan(
     assert len(package.networks()) == 2 and package.id != before.id
 
 
+def test_a_training_on_every_case_joins_the_folds(dataset: Path, undisturbed: Path, store: str, tmp_path: Path) -> None:
+    out = tmp_path / "package"
+    shutil.copytree(undisturbed, out)
+    words = {name: value for name, value in WORDS.items() if name != "network_options"} | {"epochs": 1}
+    package = train(dataset, out, Train(**words, fold="all", tracking_uri=store, cache=tmp_path / "cache"))
+    fold = package.record.folds["all"]
+    assert (fold.cases_trained, fold.cases_held_out, fold.dice) == (6, 0, {})
+    assert (out / "weights-all.safetensors").exists() and len(package.networks()) == 2
+
+
 def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(
     dataset: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     spoilt = tmp_path / "spoilt"
     shutil.copytree(dataset, spoilt)
     (spoilt / "labelsTr" / "p3.nii.gz").unlink()

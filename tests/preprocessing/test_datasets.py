@@ -381,16 +381,31 @@ def nnunet(root: Path, record: dict, *painted: np.ndarray) -> Path:
 
 
 def test_regions_keep_their_order_their_parts_and_the_number_they_are_written_as(tmp_path):
-    record = {**REGIONS, "regions_class_order": [2, 1, 4]}
+    record = {**REGIONS, "regions_class_order": [1, 12, 11]}
     dataset = open_dataset(nnunet(tmp_path, record, some_labels(1, 2, 3, 4)))
     assert [(label.name, label.value, label.parts) for label in dataset.labels] == [
-        ("whole tumour", 2, (1, 2, 3)), ("core", 1, (2, 3)), ("enhancing", 4, (3,)),
+        ("whole tumour", 1, (1, 2, 3)), ("core", 12, (2, 3)), ("enhancing", 11, (3,)),
     ]  # fmt: skip
     assert dataset.ignored == 4
     assert check(dataset) == ()
     fingerprint = take_fingerprint(dataset)
     assert fingerprint.cases["c0"].voxels == {"whole tumour": 36, "core": 24, "enhancing": 12}
     assert fingerprint.ignored == 4
+
+
+@pytest.mark.parametrize(
+    ("labels", "order"),
+    [
+        ({"whole": [1, 2, 3], "core": [1, 3], "active": 3}, [2, 1, 3]),
+        ({"kidney": [1, 2, 3], "mass": [2, 3], "tumour": 2}, [1, 3, 2]),
+        ({"left": [1, 2], "right": [3, 4]}, [1, 4]),
+        ({"one": [1, 2], "other": [2, 3]}, [1, 3]),
+    ],
+)
+def test_numbers_that_lie_in_the_same_regions_in_label_files_and_in_what_is_painted_are_taken(tmp_path, labels, order):
+    record = {"channel_names": {"0": "T1"}, "labels": labels, "regions_class_order": order}
+    dataset = open_dataset(nnunet(tmp_path, record, some_labels(1)))
+    assert [label.value for label in dataset.labels] == order
 
 
 def test_check_says_regions_and_what_is_ignored_and_which_region_nobody_has(tmp_path):
@@ -415,6 +430,12 @@ def test_intensities_are_those_under_labels_and_not_those_under_what_is_ignored(
         ({"regions_class_order": [1, 2]}, "a number for each, from 1 up"),
         ({"regions_class_order": [1, 2, 2]}, "a number for each, from 1 up"),
         ({"regions_class_order": [0, 1, 2]}, "a number for each, from 1 up"),
+        (
+            {"regions_class_order": [2, 1, 3]},
+            "2 in .* 'whole tumour', which lies in whole tumour; .* 2 belongs to whole tumour, core",
+        ),
+        ({"labels": {"whole": [1, 2, 3], "core": [1, 3]}, "regions_class_order": [1, 2]}, "1 belongs to whole, core"),
+        ({"labels": {"left": 1, "both": [1, 2]}, "regions_class_order": [2, 1]}, "A number must mean the same in both"),
         ({"labels": {"tumour": [0, 1]}, "regions_class_order": [1]}, "holds 0, the background"),
         ({"labels": {"tumour": []}}, "a whole number, or for a region a list"),
         ({"labels": {"tumour": [1.5]}}, "a whole number, or for a region a list"),
@@ -509,6 +530,26 @@ def test_a_table_tells_what_was_looked_for_and_whose_scan_it_is_and_names_labels
     assert [label.name for label in dataset.labels] == ["liver", "spleen", "kidney"]
     assert [(files.annotated, files.patient) for files in dataset.cases] == [(("liver", "spleen"), "p1"), (None, "")]
     assert check(dataset) == ()
+
+
+def test_what_a_table_leaves_empty_the_description_beside_it_says(tmp_path):
+    rows = [["id", "ct", "labels", "annotated", "patient"]]
+    for n, cells in enumerate((["liver; spleen", "p1"], ["", ""])):
+        save(tmp_path / f"{n}.nii.gz", an_image(n))
+        save(tmp_path / f"labels{n}.nii.gz", some_labels(1))
+        rows.append([f"c{n}", f"{n}.nii.gz", f"labels{n}.nii.gz", *cells])
+    record = PARTLY | {
+        "annotated": {"c0": ["kidney"], "c1": ["liver"], "c7": ["liver"]},
+        "patients": {"c0": "p7", "c1": "p2", "c8": "p3"},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(record))
+    for columns in (5, 3):
+        path = write_table(tmp_path / "study.csv", [row[:columns] for row in rows])
+        one, other = open_dataset(path).cases
+        assert (one.annotated, one.patient) == ((("liver", "spleen"), "p1") if columns == 5 else (("kidney",), "p7"))
+        assert (other.annotated, other.patient) == (("liver",), "p2")
+    assert {"c7", "c8"} <= set(findings(path))
+    assert "named under `annotated` in dataset.json" in findings(path)["c7"][0]
 
 
 def dicom_dataset(root: Path, *patients: str) -> Path:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
-from preprocessing.patches import FOREGROUND, Places, bell, cut, draw, grid
+from preprocessing.patches import Places, bell, cut, draw, grid
 
 QUIET = settings(derandomize=True, max_examples=80, deadline=None, database=None)
 SIDES = st.tuples(*[st.integers(1, 12)] * 3)
@@ -58,7 +58,7 @@ def test_a_drawn_window_lies_inside_the_scan_or_where_the_scan_is_smaller_around
     places = Places.of(labels, rng)
     room = np.subtract(shape, patch)
     for _ in range(10):
-        start = draw(shape, patch, places, rng, forced=forced)
+        start = draw(shape, patch, places, rng, foreground=0.5, forced=forced)
         assert (start >= np.minimum(0, room)).all()
         assert (start <= np.maximum(0, room)).all()
         assert not (forced and labels.any()) or (cut(labels, start, patch, 0) > 0).any()
@@ -72,7 +72,7 @@ def test_what_a_window_was_drawn_for_is_still_in_it_when_it_is_turned(patch, see
     labels = np.zeros((1, 100, 100, 100), np.uint8)
     labels[0, 50, 50, 50] = 1
     places = Places.of(labels, rng)
-    start = np.array(draw((100, 100, 100), patch, places, rng, forced=True))
+    start = np.array(draw((100, 100, 100), patch, places, rng, foreground=0.0, forced=True))
     offset = 50 - (start + (np.array(patch) - 1) / 2)
     for _ in range(20):
         turned = Rotation.from_euler("xyz", rng.uniform(-30, 30, 3), degrees=True).apply(offset / rng.uniform(0.7, 1.4))
@@ -86,15 +86,15 @@ def test_a_rare_label_is_met_as_often_as_a_common_one(patch):
     labels[0, 5, 55, 7] = 2  # a lesion of one voxel
     rng = np.random.default_rng(0)
     places = Places.of(labels, rng)
-    windows = [cut(labels, draw((60, 60, 60), patch, places, rng), patch, 0) for _ in range(400)]
+    windows = [cut(labels, draw((60, 60, 60), patch, places, rng, foreground=0.5), patch, 0) for _ in range(400)]
     met = sum(bool((window == 2).any()) for window in windows) / 400
-    assert met == pytest.approx(FOREGROUND / 2, abs=0.08)
+    assert met == pytest.approx(0.5 / 2, abs=0.08)
 
 
 def test_windows_are_drawn_anywhere_where_there_is_no_label():
     rng = np.random.default_rng(0)
     places = Places.of(np.zeros((1, 20, 20, 20), np.uint8), rng)
-    starts = np.array([draw((20, 20, 20), (4, 4, 4), places, rng) for _ in range(600)])
+    starts = np.array([draw((20, 20, 20), (4, 4, 4), places, rng, foreground=0.5) for _ in range(600)])
     assert places.per_label == {}
     assert (starts.min(axis=0) == 0).all()
     assert (starts.max(axis=0) == 16).all()
@@ -106,13 +106,13 @@ def test_the_share_on_labels_is_what_was_asked_for_and_none_or_all_where_it_is_f
     rng = np.random.default_rng(0)
     places = Places.of(labels, rng)
 
-    def met(**how) -> float:
-        found = [cut(labels, draw((50, 50, 50), (6, 6, 6), places, rng, **how), (6, 6, 6), 0).any() for _ in range(300)]
-        return sum(found) / 300
+    def met(foreground: float, forced: bool | None = None) -> float:
+        drawn = [draw((50, 50, 50), (6, 6, 6), places, rng, foreground=foreground, forced=forced) for _ in range(300)]
+        return sum(cut(labels, start, (6, 6, 6), 0).any() for start in drawn) / 300
 
-    assert met(foreground=0.33) == pytest.approx(0.33, abs=0.09)
-    assert (met(foreground=1.0), met(forced=True)) == (1, 1)
-    assert max(met(foreground=0.0), met(forced=False, foreground=1.0)) < 0.03
+    assert met(0.33) == pytest.approx(0.33, abs=0.09)
+    assert (met(1.0), met(0.0, forced=True)) == (1, 1)
+    assert max(met(0.0), met(1.0, forced=False)) < 0.03
 
 
 def test_a_small_lesion_beside_a_large_one_is_drawn_and_the_large_one_all_the_same():

@@ -106,7 +106,9 @@ def test_a_plan_fits_the_machine_whatever_the_dataset(seeds):
         smallest = make_plan(fingerprint, replace(machine, memory_gb=0.0), DEMAND)
         assert math.prod(plan.patch) * plan.batch <= budget or plan.patch == smallest.patch, seed
         assert 2 <= plan.batch <= 16
-        assert [type(step) for step in plan.steps if not isinstance(step, Crop)] == [Orient, Resample, Normalise, Pad]
+        masked = any(scale.nonzero for step in plan.steps if isinstance(step, Normalise) for scale in step.channels)
+        middle = [Normalise, Resample] if masked else [Resample, Normalise]
+        assert [type(step) for step in plan.steps if not isinstance(step, Crop)] == [Orient, *middle, Pad]
         refuse_what_cannot_be_followed(plan, seed)
         larger = make_plan(fingerprint, replace(machine, memory_gb=machine.memory_gb * 1.7), DEMAND)
         assert math.prod(plan.patch) <= math.prod(larger.patch), seed
@@ -171,6 +173,8 @@ def test_what_the_network_keeps_is_taken_off_the_memory():
         (("Anterior", "Posterior"), (True, False, False)),
         (("left kidney", "right kidney"), (False, False, False)),
         (("spleen", "kidney_left"), (False, False, False)),
+        (("left ventricle",), (False, False, False)),
+        (("label_1", "label_2"), (False, False, False)),
     ],
 )
 def test_what_has_a_side_is_not_mirrored(names, mirrored):
@@ -269,3 +273,14 @@ def test_the_batch_is_kept_between_2_and_the_number_of_cases():
 def test_slices_that_lie_far_apart_are_not_mixed(spacing, separate):
     axis, why = separate_rule(tuple(float(mm) for mm in spacing))
     assert axis == separate and why
+
+
+def test_a_case_without_labels_adds_no_air_to_hounsfield_units():
+    cases = [facts(intensities=((40.0, 60.0),))] * 9
+    lone = make_plan(a_dataset(*cases, channels=("CT",)), LAPTOP)
+    empty = replace(facts(intensities=((-1000.0, 0.0),)), voxels={})
+    assert scale_of(make_plan(a_dataset(*cases, empty, channels=("CT",)), LAPTOP)) == scale_of(lone)
+
+
+def scale_of(plan):
+    return next(step for step in plan.steps if isinstance(step, Normalise)).channels[0]

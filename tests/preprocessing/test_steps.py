@@ -251,6 +251,20 @@ def test_hounsfield_units_are_clipped_and_scaled_by_the_dataset_s_numbers():
     np.testing.assert_allclose(after.voxels.ravel(), [-7, -7, 0, 13, 13])
 
 
+def test_what_was_stripped_stays_zero_and_a_dark_spot_inside_counts_as_seen():
+    voxels = np.zeros((2, 12, 12, 12), np.float32)
+    rng = np.random.default_rng(0)
+    voxels[:, 3:9, 3:9, 3:9] = rng.uniform(50, 60, (2, 6, 6, 6))
+    voxels[0, 5, 5, 5] = 0.0
+    voxels[1, 6, 6, 6] = 0.0
+    scan = one(voxels, a_grid(0, (12, 12, 12)), "a", "b")
+    after = Normalise(channels=(Scale(by="scan", nonzero=True),) * 2).apply(scan).voxels
+    inside = voxels[:, 3:9, 3:9, 3:9].reshape(2, -1).astype(np.float64)
+    expected = (inside - inside.mean(axis=1, keepdims=True)) / inside.std(axis=1, keepdims=True)
+    assert np.allclose(after[:, 3:9, 3:9, 3:9].reshape(2, -1), expected, atol=1e-4)
+    assert not after[:, :3].any() and not after[..., 9:].any()
+
+
 @pytest.mark.parametrize("nonzero", [False, True])
 @pytest.mark.parametrize("value", [0.0, 0.1, -1024.0, 3e7])
 def test_a_constant_channel_is_refused(value, nonzero):
