@@ -27,6 +27,10 @@ MOST_DOTS = 4000
 """More make a page slow; then only those outside the whiskers are drawn."""
 
 
+ALIKE = 1e-6
+"""Values that lie no further apart are drawn as one: their ticks would read the same."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Axis:
     """What is drawn along, from left to right."""
@@ -45,9 +49,9 @@ def axis(values: Sequence[float], *, low: float | None = None, high: float | Non
     """Round numbers around the values; an end that is given stays."""
     first = low if low is not None else min(values, default=0.0)
     last = high if high is not None else max(values, default=1.0)
-    if last - first < 1e-9:
+    if last - first < ALIKE:
         first, last = (first - 0.1 if low is None else first), (last + 0.1 if high is None else last)
-        first = first - 0.1 if last - first < 1e-9 else first
+        first = first - 0.1 if last - first < ALIKE else first
     step = _step((last - first) / 5)
     ticks = np.arange(np.floor(first / step + 1e-9), np.ceil(last / step - 1e-9) + 1) * step
     return Axis(low=float(ticks[0]), high=float(ticks[-1]), ticks=tuple(round(float(tick), 9) for tick in ticks))

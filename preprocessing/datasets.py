@@ -81,6 +81,13 @@ class Dataset:
         image = volumes[0] if len(volumes) == 1 else stack(volumes, self.channels, self.reading.match)
         image = image.with_channels(self.channels)
         names = {label.name: own[0] for label in self.labels if len(own := _values_of(label)) == 1}
+        if files.labels and len(names) < len(self.labels) and dicom_labels.is_labels(label_file(files.labels)):
+            wide = next(label.name for label in self.labels if label.name not in names)
+            raise ScanError(
+                f"{label_file(files.labels).name} is a DICOM object, and {wide} is a region of several numbers; in a DICOM "
+                "object labels are known by name. Give label maps of numbers, or one label for each segment.",
+                "unsupported",
+            )
         labels = read_labels(files.labels, image, names, self.reading) if files.labels else None
         return Case(id=files.id, image=image, labels=labels)
 

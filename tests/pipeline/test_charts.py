@@ -3,13 +3,14 @@
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.charts import LEFT, MOST_DOTS, WIDTH, axis, strips, whiskers
 
 
 @settings(deadline=None)
+@example([0.0, 1e-9])
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
 def test_every_value_lies_on_the_axis(values: list[float]) -> None:
     along = axis(values)

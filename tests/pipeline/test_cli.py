@@ -55,7 +55,7 @@ def test_help_says_in_words_how_several_are_given(verb: str, capsys: Said) -> No
 def test_help_of_an_option_is_the_sentence_under_its_field(capsys: Said) -> None:
     main(["segment", "--help"])
     told = " ".join(capsys.readouterr().out.split())
-    assert "Average over all eight mirrorings" in told and "Share of a window that its neighbour covers" in told
+    assert "Average over mirrorings of the axes" in told and "Share of a window that its neighbour covers" in told
 
 
 def test_version_is_told(capsys: Said) -> None:

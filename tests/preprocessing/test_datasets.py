@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import nibabel
@@ -20,6 +21,7 @@ from preprocessing.datasets import (
     read_labels,
     take_fingerprint,
 )
+from preprocessing.dicom.labels import is_labels
 from preprocessing.files import read
 from preprocessing.volume import ScanError
 
@@ -576,3 +578,14 @@ def test_the_patients_of_dicom_images_are_known_and_never_named(tmp_path):
 def test_one_name_in_all_headers_is_an_anonymisers_and_no_patient(tmp_path):
     dataset = open_dataset(dicom_dataset(tmp_path, "ANON", "ANON", "ANON"))
     assert [one.patient for one in dataset.cases] == ["", "", ""]
+
+
+def test_a_region_of_several_numbers_cannot_be_told_from_a_dicom_object(tmp_path, shared):
+    root = nnunet(tmp_path, REGIONS, some_labels(1))
+    (root / "labelsTr" / "c0.nii.gz").unlink()
+    found = next(
+        path for path in sorted((shared / "data" / "zoo" / "dicom_seg_dcmqi").rglob("*.dcm")) if is_labels(path)
+    )
+    shutil.copy(found, root / "labelsTr" / "c0.dcm")
+    (finding,) = check(open_dataset(root))
+    assert (finding.case, finding.reason) == ("c0", "unsupported") and "region of several numbers" in finding.problem
