@@ -292,7 +292,10 @@ def _held(stream: int, give_up: float) -> bool:
 
 
 def _is_still(path: Path, stream: int) -> bool:
-    return path.exists() and os.path.samestat(path.stat(), os.fstat(stream))
+    try:
+        return os.path.samestat(path.stat(), os.fstat(stream))
+    except FileNotFoundError:
+        return False
 
 
 # a case on disk: image.b2nd, labels.b2nd, places.npz, and case.json with the checksum of every part of them
