@@ -345,7 +345,7 @@ class Watch(Callback):
 
     def _validated(self, module: "Training") -> dict[str, float]:
         began = time.monotonic()
-        is_due = int(module.share_done * (PICTURES - 1)) > self.pictured
+        picture = int(module.share_done * (PICTURES - 1))
         seen = self.held_out[:VALIDATION_CASES]
         scores: dict[str, list[float]] = {}
         for number, case in enumerate(seen, start=1):
@@ -356,10 +356,9 @@ class Watch(Callback):
                     scores.setdefault(f"val/dice_{label.name}", []).append(score)
             loss = module.loss(logits[None].cpu(), truth[None], torch.tensor([case.annotated]))
             scores.setdefault("val/loss", []).append(float(loss))
-            if is_due and number <= PICTURED_CASES:
+            if picture > self.pictured and number <= PICTURED_CASES:
                 self._draw(number, image, truth, logits.cpu(), module)
-        if is_due:
-            self.pictured = int(module.share_done * (PICTURES - 1))
+        self.pictured = max(self.pictured, picture)
         seconds = time.monotonic() - began
         self.free_from = time.monotonic() + seconds / VALIDATION_SHARE
         module.clock.scoring = 1.2 * seconds / len(seen) * len(self.held_out) / 60

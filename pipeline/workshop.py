@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from preprocessing.plan import Fingerprint, Plan, Recipe
-from preprocessing.reading import STRICT
 from preprocessing.records import decode, encode
 
 from .config import Train
@@ -102,8 +101,7 @@ def decisive(settings: Train) -> dict[str, Any]:
 
 
 def refuse_other_settings(job: Job, settings: Train) -> None:
-    begun = {"reading": encode(STRICT)} | job.settings  # of a training that began before there were such settings
-    changed = [name for name, value in decisive(settings).items() if begun.get(name) != value]
+    changed = [name for name, value in decisive(settings).items() if job.settings.get(name) != value]
     if changed:
         raise UsageError(
             f"the unfinished training was started with other settings ({', '.join(changed)}); --resume goes on with the "

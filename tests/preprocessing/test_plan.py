@@ -5,29 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from preprocessing.plan import CaseFacts, Fingerprint, Label, Plan, with_patch
+from preprocessing.plan import Label, Plan, with_patch
 from preprocessing.records import BadRecord
-from preprocessing.rules import Machine, make_plan
+from preprocessing.rules import make_plan
 from preprocessing.steps import Pad
-
-LIVER = Label(value=1, name="liver", colour=(1, 2, 3))
-LAPTOP = Machine(memory_gb=8.0, cores=4, has_gpu=False)
-
-
-def facts(shape=(100, 100, 100), spacing=(1.0, 1.0, 1.0), kept=1.0, intensities=((0.0, 1.0),)) -> CaseFacts:
-    """`kept`: the share of voxels left without the zero border, which lies along the last axis."""
-    cropped = (*shape[:2], max(1, round(shape[2] * kept)))
-    return CaseFacts(shape=shape, spacing_mm=spacing, cropped=cropped, intensities=intensities, voxels={"liver": 10})
-
-
-def a_dataset(*cases: CaseFacts, channels=("T1",)) -> Fingerprint:
-    return Fingerprint(
-        name="made",
-        channels=channels,
-        labels=(LIVER,),
-        cases={f"case_{n}": case for n, case in enumerate(cases)},
-        dataset="abc",
-    )
+from tests.preprocessing.made_up import LAPTOP, LIVER, a_dataset, facts
 
 
 def test_another_window_brings_its_padding():

@@ -9,7 +9,7 @@ import pytest
 from networks import residual_unet
 from networks.parts.blocks import topology
 from preprocessing.nnunet import PRESETS, nnunet_plan
-from preprocessing.plan import CaseFacts, Fingerprint, Label, Plan, Recipe
+from preprocessing.plan import Fingerprint, Label, Plan, Recipe
 from preprocessing.records import BadRecord
 from preprocessing.rules import (
     Demand,
@@ -23,25 +23,7 @@ from preprocessing.rules import (
     voxel_budget,
 )
 from preprocessing.steps import Crop, Normalise, Orient, Pad, Resample
-
-LIVER = Label(value=1, name="liver", colour=(1, 2, 3))
-LAPTOP = Machine(memory_gb=8.0, cores=4, has_gpu=False)
-
-
-def facts(shape=(100, 100, 100), spacing=(1.0, 1.0, 1.0), kept=1.0, intensities=((0.0, 1.0),)) -> CaseFacts:
-    """`kept`: the share of voxels left without the zero border, which lies along the last axis."""
-    cropped = (*shape[:2], max(1, round(shape[2] * kept)))
-    return CaseFacts(shape=shape, spacing_mm=spacing, cropped=cropped, intensities=intensities, voxels={"liver": 10})
-
-
-def a_dataset(*cases: CaseFacts, channels=("T1",)) -> Fingerprint:
-    return Fingerprint(
-        name="made",
-        channels=channels,
-        labels=(LIVER,),
-        cases={f"case_{n}": case for n, case in enumerate(cases)},
-        dataset="abc",
-    )
+from tests.preprocessing.made_up import LAPTOP, a_dataset, facts
 
 
 def anything(seed: int) -> tuple[Fingerprint, Machine]:
