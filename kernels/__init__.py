@@ -4,9 +4,9 @@ An operation's file has, in this order:
     its formula and shapes      the docstring
     reference(*arguments)       the truth, in plain torch
     kernels                     `@triton.jit`, names b_ block, p_ pointer, m_ mask, i_ index
-    an autograd.Function        forward and backward
+    operations                  registered with torch by `_library.operation`, forward and backward: `name_backward`
     fused(*arguments)           the kernel where it can run, else the reference
-    EXAMPLES                    what tests and benchmarks run: keywords of `sample`, odd sizes among them
+    EXAMPLES                    what tests run: keywords of `sample`, odd sizes among them
     sample(*, dtype, device, **example) -> the arguments; those that carry a gradient ask for one
 """
 

@@ -10,8 +10,8 @@ change labels at ties.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ._library import operation
 from ._triton import tl, triton, usable
 
 Offset = tuple[int, int, int]
@@ -92,22 +92,58 @@ def _backward_kernel(
     tl.store(p_window + of, b_gradient.to(p_window.dtype.element_ty), mask=m_window)
 
 
-class _WindowBlend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, accumulator, window, weight_d, weight_h, weight_w, offset):
-        weights = [weight.to(accumulator.dtype).contiguous() for weight in (weight_d, weight_h, weight_w)]
-        ctx.save_for_backward(*weights)
-        ctx.offset, ctx.window = offset, (window.shape, window.dtype)
-        return _launch(_forward_kernel, accumulator.clone(), window, weights, offset)
+@operation("window_blend", mutates=["accumulator"])
+def _into(
+    accumulator: Tensor, window: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
+) -> None:
+    _launch(_forward_kernel, accumulator, window, (weight_d, weight_h, weight_w), (a, b, e))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        shape, dtype = ctx.window
-        window = torch.empty(shape, dtype=dtype, device=gradient.device)
-        if ctx.needs_input_grad[1]:
-            _launch(_backward_kernel, gradient, window, ctx.saved_tensors, ctx.offset)
-        return gradient, window if ctx.needs_input_grad[1] else None, None, None, None, None
+
+@_into.register_fake
+def _(accumulator, window, weight_d, weight_h, weight_w, a, b, e):
+    return None
+
+
+@operation("window_blended")
+def _onto(
+    accumulator: Tensor, window: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
+) -> Tensor:
+    return _launch(_forward_kernel, accumulator.clone(), window, (weight_d, weight_h, weight_w), (a, b, e))
+
+
+@_onto.register_fake
+def _(accumulator, window, weight_d, weight_h, weight_w, a, b, e):
+    return torch.empty_like(accumulator)
+
+
+@operation("window_blended_backward")
+def _cut_out(
+    gradient: Tensor, like: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
+) -> Tensor:
+    """The window's gradient: what it gave, weighted."""
+    cut = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    _launch(_backward_kernel, gradient, cut, (weight_d, weight_h, weight_w), (a, b, e))
+    return cut
+
+
+@_cut_out.register_fake
+def _(gradient, like, weight_d, weight_h, weight_w, a, b, e):
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+def _setup(ctx, inputs, output) -> None:
+    _, window, *weights, a, b, e = inputs
+    ctx.save_for_backward(window, *weights)
+    ctx.offset = (a, b, e)
+
+
+def _backward(ctx, gradient):
+    window, *weights = ctx.saved_tensors
+    cut = _cut_out(gradient, window, *weights, *ctx.offset) if ctx.needs_input_grad[1] else None
+    return gradient, cut, None, None, None, None, None, None
+
+
+_onto.register_autograd(_backward, setup_context=_setup)
 
 
 def _launch(kernel, volume: Tensor, window: Tensor, weights, offset: Offset) -> Tensor:
@@ -128,10 +164,11 @@ def fused(
     if not usable(accumulator):
         return reference(accumulator, window, weight_d, weight_h, weight_w, offset)
     _check(accumulator, window, weight_d, weight_h, weight_w)
+    weights = [weight.detach().to(accumulator.dtype).contiguous() for weight in (weight_d, weight_h, weight_w)]
     if _wants_gradient(accumulator, window):
-        return _WindowBlend.apply(accumulator, window, weight_d, weight_h, weight_w, offset)
-    weights = [weight.to(accumulator.dtype).contiguous() for weight in (weight_d, weight_h, weight_w)]
-    return _launch(_forward_kernel, accumulator, window, weights, offset)
+        return _onto(accumulator, window, *weights, *offset)
+    _into(accumulator, window, *weights, *offset)
+    return accumulator
 
 
 def _wants_gradient(accumulator: Tensor, window: Tensor) -> bool:
