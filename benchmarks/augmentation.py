@@ -9,15 +9,14 @@ installed; without it they are looked for in this one.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
+
+import bench
 
 SIZES = {
     "40x56x40": (1, (40, 56, 40)),
@@ -44,7 +43,7 @@ def main() -> None:
     if said.measure:
         print(json.dumps(measured(said.measure[0], *SIZES[said.measure[1]], said.seconds, said.seed)))
         return
-    print(f"{platform.machine()}, {cores()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
+    print(bench.heading())
     for threads in said.threads:
         for size in said.sizes:
             print(f"\n{size}, {threads} thread(s), {said.rounds} rounds of {said.seconds:g} s")
@@ -86,17 +85,7 @@ def child(python: str, threads: int, *words: str) -> dict[str, Any]:
     """What a fresh process says that has so many threads."""
     limits = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     limits["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = str(threads)
-    done = subprocess.run(
-        [python, __file__, *words], capture_output=True, text=True, env={**os.environ, **limits}, check=False
-    )
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:100]}
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return bench.child(python, __file__, *words, environment=limits)
 
 
 # one measurement, in a process of its own

@@ -8,10 +8,7 @@ an interpreter in which zarr is installed; without it, it is left out.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +16,8 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+import bench
 
 CASES = {
     "hippocampus": ("36x50x35", "40x56x40"),
@@ -45,8 +44,7 @@ def main() -> None:
 
 
 def compare(said: argparse.Namespace) -> None:
-    cores = len(os.sched_getaffinity(0))
-    print(f"{platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
+    print(bench.heading())
     for name in said.cases:
         shape, patch = ([int(side) for side in sides.split("x")] for sides in CASES[name])
         with tempfile.TemporaryDirectory() as folder:
@@ -72,13 +70,10 @@ def in_turn(job: dict[str, Any], peers: str | None, rounds: int) -> dict[str, li
             if (is_peer and not peers) or (store == "hilum" and job["kind"] == "float16"):
                 continue
             python = peers if is_peer and peers else sys.executable
-            done = subprocess.run(
-                [python, __file__, "--measure", store, json.dumps(job)],
-                capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-            )  # fmt: skip
-            if done.returncode:
-                sys.exit(f"{store}: {(done.stderr.strip().splitlines() or ['ended without a word'])[-1]}")
-            found.setdefault(store, []).append(json.loads(done.stdout))
+            answer = bench.child(python, __file__, "--measure", store, json.dumps(job))
+            if "error" in answer:
+                sys.exit(f"{store}: {answer['error']}")
+            found.setdefault(store, []).append(answer)
     return found
 
 

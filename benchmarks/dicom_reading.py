@@ -7,17 +7,15 @@ interpreter in which the others (and their decoders) are installed; without it t
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import bench
 
 SIZE = 512
 
@@ -39,11 +37,11 @@ def main() -> None:
 
 
 def compare(peers: str, slices: int, rounds: int) -> None:
-    print(f"{platform.machine()}, {cores()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
+    print(bench.heading())
     voxels = slices * SIZE * SIZE * 2
     for kind in MAKERS:
         with tempfile.TemporaryDirectory() as folder:
-            child(sys.executable, "--make", kind, folder, "--slices", str(slices))
+            bench.child(sys.executable, __file__, "--make", kind, folder, "--slices", str(slices))
             held = sum(path.stat().st_size for path in Path(folder).iterdir())
             print(f"\n{slices} x {SIZE} x {SIZE}, int16, {kind}: {held / 2**20:.0f} MiB of files; {rounds} rounds")
             report(in_turn(peers, folder, rounds), voxels)
@@ -54,7 +52,7 @@ def in_turn(peers: str, folder: str, rounds: int) -> dict[str, list[dict[str, An
     found: dict[str, list[dict[str, Any]]] = {reader: [] for reader in READERS}
     for _ in range(rounds + 1):  # the first warms the cache of files, and is not counted
         for reader in list(found):
-            answer = child(sys.executable if reader == "hilum" else peers, "--read", reader, folder)
+            answer = bench.child(sys.executable if reader == "hilum" else peers, __file__, "--read", reader, folder)
             if "error" in answer:
                 print(f"{reader:<26} left out: {answer['error']}")
                 del found[reader]
@@ -79,28 +77,16 @@ def report(found: dict[str, list[dict[str, Any]]], voxels: int) -> None:
     print("all found the same voxels" if len(sums) == 1 else f"THE VOXELS DIFFER: sums {sorted(sums)}")
 
 
-def child(python: str, *words: str) -> dict[str, Any]:
-    """What a fresh process says. This one stays small: a child's peak of memory begins with its parent's size."""
-    done = subprocess.run([python, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:100]}
-    return json.loads(done.stdout) if done.stdout else {}
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 # one reading, in a process of its own
 
 
 def measured(reader: str, folder: Path) -> dict[str, Any]:
     read, version = READERS[reader]()
-    before = peak()
+    before = bench.peak()
     started, busy = time.perf_counter(), time.process_time()
     voxels = read(folder)
     seconds, busy = time.perf_counter() - started, time.process_time() - busy
-    memory = peak() - before
+    memory = bench.peak() - before
     return {
         "seconds": seconds,
         "busy": busy,
@@ -108,10 +94,6 @@ def measured(reader: str, folder: Path) -> dict[str, Any]:
         "version": version,
         "sum": int(voxels.sum(dtype="int64")),
     }
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 Reader = tuple[Callable[[Path], Any], str]

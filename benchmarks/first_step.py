@@ -17,11 +17,9 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from peers import FIRST_STEP, HILUM, NnUNet, confine, environment, lay_out, machine, our_versions, watch
+from peers import FIRST_STEP, HILUM, NnUNet, confine, environment, lay_out, machine, our_versions, phantoms, watch
 
-from preprocessing import files
 from preprocessing.datasets import open_dataset
-from preprocessing.phantoms import phantom
 
 GOAL = 5.0
 
@@ -37,7 +35,7 @@ def main() -> None:
     said = words.parse_args()
     confine(said.cores)
     with tempfile.TemporaryDirectory(prefix="first-step-") as folder:
-        opened = open_dataset(said.data or make_phantoms(Path(folder) / "phantoms", said.cases or 6))
+        opened = open_dataset(said.data or phantoms(Path(folder) / "phantoms", said.cases or 6))
         cases = [case for case in opened.cases if case.images and case.labels][: said.cases]
         dataset = lay_out(opened, cases, Path(folder) / "dataset")
         found = in_turn(starts(said.peers, said.cores), dataset, said.rounds)
@@ -46,17 +44,6 @@ def main() -> None:
     if said.results:
         said.results.write_text(told)
     print(told)
-
-
-def make_phantoms(folder: Path, count: int) -> Path:
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
-    for seed in range(count):
-        case = phantom(seed)
-        assert case.labels
-        files.write(case.image, folder / "images" / f"{case.id}.nii.gz")
-        files.write(case.labels, folder / "labels" / f"{case.id}.nii.gz")
-    return folder
 
 
 @dataclass(frozen=True, kw_only=True)

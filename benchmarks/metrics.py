@@ -11,11 +11,7 @@ The full size: `--shape 512 512 300 --labels 40`.
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench
 import numpy as np
 
 SPACING = (0.8, 0.8, 1.5)
@@ -47,13 +44,13 @@ def main() -> None:
 
 def report(said: argparse.Namespace, folder: str) -> None:
     shape = " x ".join(map(str, said.shape))
-    print(f"{platform.machine()}, {cores()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}")
+    print(bench.heading())
     print(f"{shape} voxels of {SPACING} mm, {said.labels} labels; {said.rounds} rounds, medians")
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS if way not in said.skip}
     for _ in range(said.rounds):
         for way in list(found):
             python = said.peers if way in OF_PEERS else sys.executable
-            answer = child(python, "--measure", way, folder, "--labels", str(said.labels))
+            answer = bench.child(python, __file__, "--measure", way, folder, "--labels", str(said.labels))
             if "error" in answer:
                 print(f"{way:<34} left out: {answer['error']}")
                 del found[way]
@@ -68,13 +65,6 @@ def report(said: argparse.Namespace, folder: str) -> None:
             f"{way + ' ' + version:<34} {seconds:8.2f} s  {seconds / alone:6.2f} x Dice alone  "
             f"{memory:7.0f} MiB above the maps  mean Dice {dice:.6f}"
         )
-
-
-def child(python: str, *words: str) -> dict[str, Any]:
-    done = subprocess.run([python, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:100]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def make(folder: Path, shape: tuple[int, ...], labels: int) -> None:
@@ -124,25 +114,17 @@ def around(centre: np.ndarray, radii: np.ndarray, shape: tuple[int, ...]) -> tup
 def measured(way: str, folder: Path, labels: int) -> dict[str, Any]:
     measure, version = WAYS[way]()
     prediction, truth = (np.load(folder / f"{name}.npy") for name in ("prediction", "truth"))
-    before = peak()
+    before = bench.peak()
     started = time.perf_counter()
     dice = measure(prediction, truth, range(1, labels + 1))
     seconds = time.perf_counter() - started
     known = [each for each in dice if each is not None and np.isfinite(each)]
     return {
         "seconds": seconds,
-        "memory": peak() - before,
+        "memory": bench.peak() - before,
         "version": version,
         "dice": float(np.mean(known)),
     }
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Measure = Callable[[np.ndarray, np.ndarray, range], list[float | None]]

@@ -3,11 +3,10 @@
 One training step each, in turn, in one process; medians and the ratio. Run it on a quiet machine.
 """
 
-import os
-import platform
 import statistics
 import time
 
+import bench
 import torch
 from torch import nn
 
@@ -28,7 +27,7 @@ def main() -> None:
     for _ in range(ROUNDS):
         for (_, seconds), network in zip(spent.items(), (ours, theirs), strict=True):
             seconds.append(step(network, image, labels))
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}")
+    print(f"{bench.heading()}, torch {torch.__version__}")
     print(f"patch {PATCH}, batch {BATCH}, forward and backward, median of {ROUNDS - 1} after one to warm up")
     medians = {name: statistics.median(seconds[1:]) for name, seconds in spent.items()}
     for name, median in medians.items():

@@ -12,8 +12,6 @@ import argparse
 import csv
 import json
 import logging
-import os
-import platform
 import random
 import statistics
 import tempfile
@@ -22,8 +20,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import bench
 import numpy as np
 import torch
+from peers import phantoms
 from scipy.ndimage import gaussian_filter
 
 import pipeline
@@ -43,7 +43,7 @@ GOAL = 0.02
 
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--data", type=Path, required=True, help="the dataset")
+    words.add_argument("--data", type=Path, help="the dataset; without it phantoms")
     words.add_argument("--cases", type=int, default=80, help="to train on")
     words.add_argument("--held-out", type=int, default=40, help="other cases, to score on")
     words.add_argument("--epochs", type=int, default=30)
@@ -55,13 +55,13 @@ def main() -> None:
     said = words.parse_args()
     logging.basicConfig(level=logging.ERROR)
     print(
-        f"hilum {hilum_version()}, torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}\n"
+        f"hilum {hilum_version()}, torch {torch.__version__}; {bench.heading()}\n"
         f"{said.cases} cases trained on, {said.held_out} others scored; residual_unet of width {said.width}, "
         f"{said.epochs} epochs of {said.steps} steps; seeds 0 to {said.seeds - 1}; {1 if said.one_scanner else 2} scanner(s)"
     )
     with tempfile.TemporaryDirectory(prefix="partial-labels-") as folder:
-        study = Study.made(open_dataset(said.data), Path(folder), said)
+        data = said.data or phantoms(Path(folder) / "phantoms", said.cases + said.held_out)
+        study = Study.made(open_dataset(data), Path(folder) / "study", said)
         found: dict[str, list[dict[str, float]]] = {way: [] for way in said.only}
         for seed in range(said.seeds):
             for way in said.only:
@@ -90,6 +90,7 @@ class Study:
         random.Random(0).shuffle(complete)
         needed = said.cases + said.held_out
         assert len(complete) >= needed, f"{len(complete)} cases; {needed} are needed, ask for fewer"
+        folder.mkdir()
         study = Study(folder, two_scanners=not said.one_scanner)
         labels = {"background": 0} | {label.name: label.value for label in dataset.labels}
         (folder / "dataset.json").write_text(json.dumps({"labels": labels}))

@@ -7,12 +7,11 @@ tiny step loads; a training has Lightning and MLflow besides (pipeline/footprint
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
+
+import bench
 
 SMALL = [
     ("residual_unet", {"width": 8}, (40, 56, 40), 2),
@@ -45,9 +44,7 @@ def main() -> None:
 
 
 def compare(rows: list[Any], threads: int) -> None:
-    import torch
-
-    print(f"{platform.machine()}, {threads} of {os.cpu_count()} cores, torch {torch.__version__}, float32, AdamW")
+    print(f"{bench.heading()}; {threads} threads, torch {version('torch')}, float32, AdamW")
     print(f"{'network':<58} {'windows':>14}  {'before':>7} {'predicted':>9} {'measured':>9}  ratio")
     worst = 1.0
     for name, options, patch, batch in rows:
@@ -61,12 +58,8 @@ def compare(rows: list[Any], threads: int) -> None:
 
 
 def child(name: str, options: dict[str, Any], patch: tuple[int, ...], batch: int, threads: int) -> dict[str, float]:
-    limits = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     step = json.dumps([name, options, patch, batch])
-    command = [sys.executable, __file__, "--step", step]
-    answer = subprocess.run(command, env=os.environ | limits, check=True, capture_output=True, text=True).stdout
-    found: dict[str, float] = json.loads(answer.splitlines()[-1])
-    return found
+    return bench.child(sys.executable, __file__, "--step", step, environment={"OMP_NUM_THREADS": str(threads)})
 
 
 def measured(name: str, options: dict[str, Any], patch: list[int], batch: int) -> dict[str, float]:
@@ -86,13 +79,13 @@ def measured(name: str, options: dict[str, Any], patch: list[int], batch: int) -
     predicted = footprint(
         lambda: module.build(config, channels=1, classes=3), channels=1, patch=window, batch=batch
     ).gigabytes("cpu")  # fmt: skip
-    before = held("VmRSS")
+    before = bench.held() / 1e9
     network = module.build(config, channels=1, classes=3)
     loss = DeepSupervision()
     optimiser = torch.optim.AdamW(network.parameters())
     for _ in range(2):
         step_of(network, window, batch, optimiser, loss)
-    return {"before": before, "predicted": predicted, "peak": held("VmHWM")}
+    return {"before": before, "predicted": predicted, "peak": bench.peak() / 1e9}
 
 
 def step_of(network: Any, patch: tuple[int, int, int], batch: int, optimiser: Any = None, loss: Any = None) -> None:
@@ -105,11 +98,6 @@ def step_of(network: Any, patch: tuple[int, int, int], batch: int, optimiser: An
     optimiser = optimiser or torch.optim.AdamW(network.parameters())
     optimiser.step()
     optimiser.zero_grad()
-
-
-def held(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024 / 1e9
 
 
 if __name__ == "__main__":

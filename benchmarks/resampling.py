@@ -11,17 +11,15 @@ OMP_NUM_THREADS says how many cores those use that use several.
 
 import argparse
 import json
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import bench
 
 Triple = tuple[int, int, int]
 BEFORE_MM, AFTER_MM = (0.8, 0.8, 3.0), (1.5, 1.5, 1.5)
@@ -41,9 +39,7 @@ def main() -> None:
         what, way, folder = said.one
         print(json.dumps(measured(what, way, Path(folder), shape, said.labels)))
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    print(f"{platform.processor() or platform.machine()}, {cores} cores, load {os.getloadavg()[0]:.1f}, ", end="")
-    print(f"OMP_NUM_THREADS {os.environ.get('OMP_NUM_THREADS', 'not set')}, {said.rounds} rounds")
+    print(f"{bench.heading()}; {said.rounds} rounds")
     for what, title in (("scan", "float32, order 3"), ("labels", f"uint8, {said.labels} labels")):
         print(f"\n{' x '.join(map(str, shape))} -> {' x '.join(map(str, shape_after(shape)))}, {title}")
         compare(what, said)
@@ -56,7 +52,7 @@ def compare(what: str, said: argparse.Namespace) -> None:
         for _ in range(said.rounds):
             for way in list(found):
                 python = said.peers if way in OTHERS_HOUSE else sys.executable
-                answer = child(python, "--one", what, way, folder, *options)
+                answer = bench.child(python, __file__, "--one", what, way, folder, *options)
                 if "error" in answer:
                     print(f"{way:<28} left out: {answer['error']}")
                     del found[way]
@@ -83,14 +79,6 @@ def difference(folder: Path, what: str, way: str) -> str:
     return f"at most {numpy.abs(wanted - found).max():.4f} HU from scipy"
 
 
-def child(python: str, *words: str) -> dict[str, Any]:
-    """What a fresh process says. This one stays small: a child's peak of memory begins with its parent's size."""
-    done = subprocess.run([python, __file__, *words], capture_output=True, text=True)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or ["it ended without a word"])[-1][:100]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
 def shape_after(shape: Triple) -> Triple:
     i, j, k = (round(n * before / after) for n, before, after in zip(shape, BEFORE_MM, AFTER_MM, strict=True))
     return i, j, k
@@ -105,17 +93,17 @@ def measured(what: str, way: str, folder: Path, shape: Triple, labels: int) -> d
     resample, version = WAYS[what][way]()
     voxels = MAKERS[what](shape, labels)
     resample(voxels[:24, :24, :12].copy(), (12, 13, 24))
-    before, started, busy = peak(), time.perf_counter(), time.process_time()
+    before, started, busy = bench.peak(), time.perf_counter(), time.process_time()
     there = resample(voxels, shape_after(shape))
-    seconds, busy, memory = time.perf_counter() - started, time.process_time() - busy, (peak() - before) / voxels.nbytes
+    seconds, busy, memory = (
+        time.perf_counter() - started,
+        time.process_time() - busy,
+        (bench.peak() - before) / voxels.nbytes,
+    )
     assert there.shape == shape_after(shape), there.shape
     inner = tuple(slice(2, -2) for _ in range(3))
     numpy.save(folder / f"{what}-{way}.npy", numpy.asarray(there)[inner][::3, ::3, ::3])
     return {"seconds": seconds, "busy": busy, "memory": memory, "version": version}
-
-
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def a_scan(shape: Triple, labels: int) -> Any:

@@ -1,10 +1,11 @@
 """How long `hilum --help` takes, beside an interpreter that does nothing and one that imports torch: medians of five."""
 
-import platform
 import statistics
 import subprocess
 import sys
 import time
+
+import bench
 
 COMMANDS = {
     "python -c pass": [sys.executable, "-c", "pass"],
@@ -15,7 +16,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    print(f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}")
+    print(bench.heading())
     spent: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(5):
         for name, words in COMMANDS.items():  # in turn, so that a busy minute hits all alike

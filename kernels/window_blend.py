@@ -24,17 +24,40 @@ def reference(
     _check(accumulator, window, weight_d, weight_h, weight_w)
     if _wants_gradient(accumulator, window):
         accumulator = accumulator.clone()
-    inside = [
-        slice(max(0, -start), max(0, min(n, size - start)))
-        for start, n, size in zip(offset, window.shape[1:], accumulator.shape[1:], strict=True)
-    ]
-    place = [slice(s.start + start, max(s.stop, s.start) + start) for s, start in zip(inside, offset, strict=True)]
+    inside, place = _overlap(accumulator, window, offset)
     d, h, w = (
         weight.detach()[part].to(accumulator.dtype)
         for weight, part in zip((weight_d, weight_h, weight_w), inside, strict=True)
     )
     part = window[:, inside[0], inside[1], inside[2]].to(accumulator.dtype)  # [C, ≤ d, ≤ h, ≤ w]
     accumulator[:, place[0], place[1], place[2]] += part * d[:, None, None] * h[:, None] * w
+    return accumulator
+
+
+def _overlap(accumulator: Tensor, window: Tensor, offset: Offset) -> tuple[list[slice], list[slice]]:
+    """Which part of the window lies inside, and where."""
+    inside = [
+        slice(max(0, -start), max(0, min(n, size - start)))
+        for start, n, size in zip(offset, window.shape[1:], accumulator.shape[1:], strict=True)
+    ]
+    return inside, [
+        slice(s.start + start, max(s.stop, s.start) + start) for s, start in zip(inside, offset, strict=True)
+    ]
+
+
+SLAB = 1 << 17
+"""Voxels of all classes in a slab: what a core's cache holds beside the accumulator's."""
+
+
+def _by_slabs(accumulator: Tensor, window: Tensor, weights: list[Tensor], offset: Offset) -> Tensor:
+    """Some planes at a time: one multiply-add reads and writes the accumulator once, and no volume of weights exists."""
+    inside, place = _overlap(accumulator, window, offset)
+    d, h, w = (weight[part] for weight, part in zip(weights, inside, strict=True))
+    target, source = accumulator[:, place[0], place[1], place[2]], window[:, inside[0], inside[1], inside[2]]
+    plane = h[:, None] * w  # [h, w]
+    for start in range(0, len(d), step := max(1, SLAB // max(1, len(window) * plane.numel()))):
+        some = slice(start, start + step)
+        target[:, some].addcmul_(source[:, some].to(target.dtype), d[some, None, None] * plane)
     return accumulator
 
 
@@ -96,7 +119,7 @@ def _backward_kernel(
 def _into(
     accumulator: Tensor, window: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
 ) -> None:
-    _launch(_forward_kernel, accumulator, window, (weight_d, weight_h, weight_w), (a, b, e))
+    _add(accumulator, window, [weight_d, weight_h, weight_w], (a, b, e))
 
 
 @_into.register_fake
@@ -108,7 +131,7 @@ def _(accumulator, window, weight_d, weight_h, weight_w, a, b, e):
 def _onto(
     accumulator: Tensor, window: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
 ) -> Tensor:
-    return _launch(_forward_kernel, accumulator.clone(), window, (weight_d, weight_h, weight_w), (a, b, e))
+    return _add(accumulator.clone(), window, [weight_d, weight_h, weight_w], (a, b, e))
 
 
 @_onto.register_fake
@@ -121,8 +144,16 @@ def _cut_out(
     gradient: Tensor, like: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, a: int, b: int, e: int
 ) -> Tensor:
     """The window's gradient: what it gave, weighted."""
-    cut = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    _launch(_backward_kernel, gradient, cut, (weight_d, weight_h, weight_w), (a, b, e))
+    weights, offset = [weight_d, weight_h, weight_w], (a, b, e)
+    if usable(gradient):
+        cut = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+        return _launch(_backward_kernel, gradient, cut, weights, offset)
+    cut = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+    inside, place = _overlap(gradient, like, offset)
+    d, h, w = (weight[part] for weight, part in zip(weights, inside, strict=True))
+    cut[:, inside[0], inside[1], inside[2]] = gradient[:, place[0], place[1], place[2]] * (
+        d[:, None, None] * h[:, None] * w
+    )
     return cut
 
 
@@ -146,7 +177,14 @@ def _backward(ctx, gradient):
 _onto.register_autograd(_backward, setup_context=_setup)
 
 
-def _launch(kernel, volume: Tensor, window: Tensor, weights, offset: Offset) -> Tensor:
+def _add(accumulator: Tensor, window: Tensor, weights: list[Tensor], offset: Offset) -> Tensor:
+    if not usable(accumulator):
+        return _by_slabs(accumulator, window, weights, offset)
+    _launch(_forward_kernel, accumulator, window, weights, offset)
+    return accumulator
+
+
+def _launch(kernel, volume: Tensor, window: Tensor, weights: list[Tensor], offset: Offset) -> Tensor:
     C, d, h, w = window.shape
     rows, block_row, block_k = C * d * h, 16, 64
     if window.numel():
@@ -154,15 +192,13 @@ def _launch(kernel, volume: Tensor, window: Tensor, weights, offset: Offset) -> 
             volume, window, *weights, *offset, *volume.shape, d, h, w, *volume.stride(), *window.stride(),
             BLOCK_ROW=block_row, BLOCK_K=block_k, enable_fp_fusion=True,
         )  # fmt: skip
-    return volume
+    return window
 
 
 def fused(
     accumulator: Tensor, window: Tensor, weight_d: Tensor, weight_h: Tensor, weight_w: Tensor, offset: Offset
 ) -> Tensor:
-    """What `reference` does, in one pass over the window where a kernel can run."""
-    if not usable(accumulator):
-        return reference(accumulator, window, weight_d, weight_h, weight_w, offset)
+    """What `reference` does, in one pass over the window and the voxels it lies on."""
     _check(accumulator, window, weight_d, weight_h, weight_w)
     weights = [weight.detach().to(accumulator.dtype).contiguous() for weight in (weight_d, weight_h, weight_w)]
     if _wants_gradient(accumulator, window):

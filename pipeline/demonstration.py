@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +42,7 @@ def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; the demo needs a new folder. Remove it, or give another --out.")
     dataset, unseen, references = out / "dataset", out / "unseen", out / "references"
-    _write_dataset(dataset, progress)
+    write_dataset(dataset, TRAINED, progress)
     _write_unseen(unseen, references, progress)
     findings = check(dataset, progress=progress).findings
     assert not findings, findings
@@ -56,19 +57,19 @@ def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
     return Demo(folder=out, evaluation=scores, batch=batch, tracking_uri=uri, known_ml=known)
 
 
-def _write_dataset(folder: Path, progress: Progress) -> None:
-    """An nnU-Net v2 folder: one file per channel, labels beside them, dataset.json."""
-    for done, seed in enumerate(TRAINED, start=1):
+def write_dataset(folder: Path, patients: Sequence[int], progress: Progress) -> None:
+    """An nnU-Net v2 folder of these patients: one file per channel, labels beside them, dataset.json."""
+    for done, seed in enumerate(patients, start=1):
         case = phantom(seed)
         for number in range(len(CHANNELS)):
             _write_channel(case, number, folder / "imagesTr" / f"{case.id}_{number:04d}.nii.gz")
         _write_labels(case, folder / "labelsTr" / f"{case.id}.nii.gz")
-        progress("make patients", done, len(TRAINED))
+        progress("make patients", done, len(patients))
     description = {
         "name": "phantoms",
         "channel_names": {str(number): name for number, name in enumerate(CHANNELS)},
         "labels": {"background": 0} | LABELS,
-        "numTraining": len(TRAINED),
+        "numTraining": len(patients),
         "file_ending": ".nii.gz",
     }
     (folder / "dataset.json").write_text(json.dumps(description, indent=2))

@@ -19,7 +19,9 @@ class Case:
     people write), `compiled` (torch.compile of eager), and peers. A peer that is not installed raises ImportError when
     it is first called."""
     bytes_moved: int = 0
-    """What must be read and written at least, at the dtype's own width where `make` uses it: counted for 4 bytes a number."""
+    """What must be read and written at least, counted for 4 bytes a number; halves count half."""
+    fixed_bytes: int = 0
+    """The same, of what is float32 or whole numbers in every type."""
     flops: int = 0
     """Multiplications and additions of matrix products, two per multiply-add."""
     devices: tuple[str, ...] = ("cpu", "cuda")

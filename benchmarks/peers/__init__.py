@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import bench
+
+from pipeline.demonstration import write_dataset
+from pipeline.progress import silent
 from pipeline.report import hilum_version
 from pipeline.tracking import code_version
 from preprocessing.datasets import CaseFiles, Dataset
@@ -123,6 +127,12 @@ class NnUNet:
         return told
 
 
+def phantoms(folder: Path, count: int) -> Path:
+    """A dataset of made-up patients, where none was given."""
+    write_dataset(folder, range(count), silent)
+    return folder
+
+
 def lay_out(dataset: Dataset, cases: Sequence[CaseFiles], folder: Path) -> Path:
     """These cases in nnU-Net's layout, which hilum reads too, as links."""
     for name in ("imagesTr", "labelsTr"):
@@ -146,23 +156,18 @@ def lay_out(dataset: Dataset, cases: Sequence[CaseFiles], folder: Path) -> Path:
 
 
 def machine() -> dict[str, Any]:
-    return {"chip": chip(), "cores": cores(), "platform": platform.platform(), "load": round(os.getloadavg()[0], 2)}
-
-
-def chip() -> str:
-    told = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in told if line.startswith("model name")]
-    return models[0] if models else platform.processor() or platform.machine()
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0))
+    return {
+        "chip": bench.chip(),
+        "cores": bench.cores(),
+        "platform": platform.platform(),
+        "load": round(os.getloadavg()[0], 2),
+    }
 
 
 def confine(count: int) -> None:
     """This process and its children to so many cores."""
-    if cores() < count:
-        raise SystemExit(f"{cores()} cores are there; {count} are needed. Say --cores {cores()}.")
+    if (there := bench.cores()) < count:
+        raise SystemExit(f"{there} cores are there; {count} are needed. Say --cores {there}.")
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:count])
 
 
