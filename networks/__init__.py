@@ -1,6 +1,6 @@
 """Tensors in, logits out: each file here is a network, and the file's name is the network's name.
 
-A network's module has `Config`, `fit`, `divisor` and `build`; nothing else makes it one.
+A network's module has `PAPER`, `GOOD_FOR`, `Config`, `fit`, `divisor`, `build` and `explained`; nothing else makes it one.
 """
 
 import difflib

@@ -1,19 +1,41 @@
 """A U-Net with a residual encoder: our default, and what nnU-Net's presets have, its plain one among them."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from .parts.attention import available, load
+from .parts.attention._layers import Gate
+from .parts.attention.additive_gate import AdditiveGate
+from .parts.attentive import Attentive
+from .parts.attentive import attention_maps as attention_maps
 from .parts.blocks import (
     ResidualBlock,
+    Triple,
     convolution,
     initialise,
     refuse_unless_multiple,
     topology,
     total_stride,
 )
+
+DEAR = {
+    "axial": (32**3, "its memory grows with the places of a line times those of the map"),
+    "bi_level_routing": (32**3, "its time grows with the square of the places"),
+    "deformable": (64**3, "it looks at 27 places for each, whose positions alone are 81 numbers"),
+    "max_vit": (64**3, "its gradient needs the memory of seventy maps"),
+    "position": (32**3, "its time grows with the square of the places"),
+}
+"""At most how many places a map may have for a block to be bearable, and why. All others grow with the places alone, and
+not fast: they may stand anywhere."""
+
+
+PAPER = "Isensee et al., Nature Methods 2021 and MICCAI 2024 (nnU-Net, plain and residual)"
+GOOD_FOR = "anything: the one to beat"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +56,9 @@ class Config:
     """How much each stage shrinks each axis, finest first; the first is always (1, 1, 1). Empty: `fit` chooses them."""
     kernels: tuple[tuple[int, int, int], ...] = ()
     """Size of the convolutions of each stage. Empty: `fit` chooses them."""
+    attention: tuple[str, ...] = ()
+    """Block of networks/parts/attention for each stage, finest first, as in ["", "cbam", "additive_gate", "efficient"]; ""
+    is none, and so is what is left out. Gates sit on the skip that leaves the stage, all others at the stage's end."""
 
     def __post_init__(self) -> None:
         unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
@@ -47,12 +72,23 @@ class Config:
                 f"residual_unet was given width {self.width}, widest {self.widest}, blocks {self.blocks} and decoder "
                 f"{self.decoder}; all must be 1 or more."
             )
+        if unknown := set(self.attention) - {"", *available()}:
+            raise ValueError(
+                f"residual_unet was given attention {sorted(unknown)}; there are {', '.join(available())}. Choose of these, "
+                'or "" for a stage without.'
+            )
+        if self.strides and len(self.attention) > len(self.strides):
+            raise ValueError(
+                f"residual_unet was given attention for {len(self.attention)} stages and has {len(self.strides)}, finest "
+                "first; it needs one for each at most. Leave some out, or choose a larger patch."
+            )
 
 
 def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, float, float]) -> Config:
     """The config with the stages that suit this patch and spacing, unless it has some. Round the patch up to `divisor`
     afterwards."""
     if config.strides:
+        _refuse_the_unbearable(config, patch)
         return config
     strides, kernels = topology(patch, spacing)
     if len(strides) < 2:
@@ -60,7 +96,25 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
             f"A patch of {patch} voxels was given; residual_unet halves it at least once, for which one axis must have "
             "12 voxels, or two axes 8. Choose a larger patch, or pad small scans."
         )
-    return replace(config, strides=strides, kernels=kernels)
+    config = replace(config, strides=strides, kernels=kernels)
+    _refuse_the_unbearable(config, patch)
+    return config
+
+
+def _refuse_the_unbearable(config: Config, patch: Triple) -> None:
+    """Better now than after an hour of the first epoch."""
+    whole = [math.ceil(n / step) * step for n, step in zip(patch, divisor(config), strict=True)]
+    steps = [math.prod(total_stride(config.strides[: stage + 1])) for stage in range(len(config.strides))]
+    places = [math.prod(whole) // step for step in steps]
+    for stage, name in enumerate(config.attention):
+        most, reason = DEAR.get(name, (places[stage], ""))
+        if places[stage] > most:
+            stages = [str(deeper) for deeper in range(len(places)) if places[deeper] <= most]
+            advice = f"Put it at stage {' or '.join(stages)}, or choose" if stages else "Choose"
+            raise ValueError(
+                f"residual_unet was given {name} at stage {stage}, where a patch of {patch} has {places[stage]} places; "
+                f"it bears {most}, for {reason}. {advice} 'efficient', which may stand anywhere."
+            )
 
 
 def divisor(config: Config) -> tuple[int, int, int]:
@@ -77,6 +131,12 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
     return initialise(ResidualUNet(config, channels, classes))
 
 
+def explained(network: "ResidualUNet") -> dict[str, nn.Module]:
+    """What may be explained, nearest to the answer first: what each step up has made, then the bottleneck."""
+    merges = {f"merge.{i}": network.merge[i] for i in reversed(range(len(network.merge)))}
+    return merges | {f"down.{len(network.down) - 1}": network.down[-1]}
+
+
 class ResidualUNet(nn.Module):
     def __init__(self, config: Config, channels: int, classes: int) -> None:
         super().__init__()
@@ -90,6 +150,14 @@ class ResidualUNet(nn.Module):
         self.down = nn.ModuleList(
             _stage(config, stage, widths[stage - 1] if stage else first, widths[stage]) for stage in stages
         )
+        # without attention nothing is here that has weights: packages made before there was any still load
+        self.attend, self.gates = (nn.ModuleList(nn.Identity() for _ in stages) for _ in range(2))
+        for stage, name in enumerate(config.attention):
+            if name:
+                make: Callable[..., Attentive] = load(name)
+                block = make(widths[stage])
+                is_on_skip = isinstance(block, Gate) and stage < stages[-1]
+                (self.gates if is_on_skip else self.attend)[stage] = block
         self.up, self.merge, self.heads = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for stage in reversed(stages[:-1]):
             stride, kernel, width = config.strides[stage + 1], config.kernels[stage], widths[stage]
@@ -106,12 +174,15 @@ class ResidualUNet(nn.Module):
         # InstanceNorm3d: oneDNN need not repack every tensor before and after every convolution.
         x = self.stem(x.contiguous(memory_format=torch.channels_last_3d))  # [B, C0, D, H, W]
         skips = []
-        for stage in self.down:
-            x = stage(x)  # [B, Cs, D / stride, H / stride, W / stride]
+        for stage, attend in zip(self.down, self.attend, strict=True):
+            x = attend(stage(x))  # [B, Cs, D / stride, H / stride, W / stride]
             skips.append(x)
         logits = []
-        for up, merge, head, skip in zip(self.up, self.merge, self.heads, reversed(skips[:-1]), strict=True):
-            x = merge(torch.cat([up(x), skip], dim=1))  # [B, 2Cs, ...] -> [B, Cs, ...]
+        across = zip(reversed(skips[:-1]), reversed(self.gates[:-1]), strict=True)
+        for up, merge, head, (skip, gate) in zip(self.up, self.merge, self.heads, across, strict=True):
+            x = up(x)  # [B, Cs, ...]
+            skip = gate(skip, x) if isinstance(gate, AdditiveGate) else gate(skip)
+            x = merge(torch.cat([x, skip], dim=1))  # [B, 2Cs, ...] -> [B, Cs, ...]
             if self.training or head is self.heads[-1]:
                 logits.append(head(x))  # [B, classes, ...]
         return logits[::-1] if self.training else logits[-1]

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .parts.blocks import InstanceNorm, Triple, refuse_unless_multiple, total_stride
 
+PAPER = "Myronenko, BrainLes 2018 (MONAI's SegResNetDS)"
+GOOD_FOR = "anything; little memory for its width"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -49,6 +52,12 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
     network = SegResNet(config, channels, classes)
     _take_our_norm(network)
     return network.to(memory_format=torch.channels_last_3d)
+
+
+def explained(network: "SegResNet") -> dict[str, nn.Module]:
+    """What may be explained, nearest to the answer first: what each step up has made."""
+    ups = list(network.network.up_layers)
+    return {f"up_layers.{number}": up["blocks"] for number, up in reversed(list(enumerate(ups)))}
 
 
 class SegResNet(nn.Module):

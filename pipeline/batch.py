@@ -16,7 +16,7 @@ from .errors import UsageError, is_users
 from .finding import find_scans
 from .index import write_index
 from .package import ModelPackage
-from .prediction import Inference, choose_device
+from .prediction import Inference, choose_device, refuse_slow_precision
 from .progress import Progress, silent
 from .report import FILE_NAME, Report, as_json, write_whole
 from .results import DONE, ERROR, FAILED, Batch, Row, Work, work_through
@@ -40,8 +40,11 @@ def segment(
             f"flips were asked for, and {opened.name} was trained without mirrors: on a mirrored scan it would answer "
             "nonsense. Leave --flips out, or train with recipe.mirror in the plan."
         )
-    how = Inference(overlap=settings.overlap, flips=settings.flips, mirrors=mirrors, device=settings.device)
-    choose_device(how.device)
+    how = Inference(
+        overlap=settings.overlap, flips=settings.flips, mirrors=mirrors, device=settings.device,
+        precision=settings.precision,
+    )  # fmt: skip
+    refuse_slow_precision(how.precision, choose_device(how.device))
     return work_through(found, out, _Segmenting(package=opened, settings=settings, how=how), progress)
 
 

@@ -462,13 +462,14 @@ def _ui(said: "Namespace") -> int:
 
 
 def _describe_show(parser: "ArgumentParser") -> None:
-    parser.add_argument("file", type=Path, help="A scan, plan, package or report.")
+    parser.add_argument("file", type=Path, help="A scan, plan, package or report; or `networks` for a table of them.")
+    parser.add_argument("--plan", type=Path, help="The plan whose windows the table of networks is for.")
 
 
 def _show(said: "Namespace") -> int:
     from .description import show
 
-    print(show(said.file))
+    print(show(said.file, said.plan))
     return DONE
 
 

@@ -16,8 +16,15 @@ from .report import Report, millilitres, told
 from .verdicts import table
 
 
-def show(path: Path) -> str:
-    """A scan, plan, package or report, printed; refused when it is none of them."""
+def show(path: Path, plan: Path | None = None) -> str:
+    """A scan, plan, package or report, printed; refused when it is none of them. `networks`, where no file is called so,
+    is a table of all networks, for the windows of a plan."""
+    if str(path) == "networks" and not path.is_file():
+        from .catalogue import table as networks
+
+        return networks(Plan.read(plan) if plan else None)
+    if plan:
+        raise UsageError(f"--plan {plan} was given with {path}; it belongs to `hilum show networks`. Leave it out.")
     if not path.exists():
         raise UsageError(f"{path} does not exist; a scan, plan, package or report is needed. Look at the spelling.")
     if (path / "package.json").exists() or path.name == "package.json":

@@ -180,6 +180,8 @@ class Training(lightning.LightningModule):
         self.share_done = 0.0
         self.losses: list[Tensor] = []
         """Of the epoch in hand, on their device: to look at each would make a GPU wait."""
+        self.own_losses: dict[str, list[Tensor]] = {}
+        """Those of them that the network brought itself, by name."""
         self.is_whole = all(all(case.annotated) for case in trained_on)
 
     @property
@@ -228,8 +230,11 @@ class Training(lightning.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         image, target, annotated = batch
-        loss = self.loss(self.network(image), target, None if self.is_whole else annotated)
+        answer = losses.answered(self.network(image))
+        loss = self.loss(answer, target, None if self.is_whole else annotated)
         self.losses.append(loss.detach())
+        for name, own in answer.losses.items():
+            self.own_losses.setdefault(name, []).append(own.detach())
         return loss
 
     def mean_loss(self) -> Tensor:
@@ -265,6 +270,7 @@ class Training(lightning.LightningModule):
         clock = self.clock
         checkpoint["minutes"] = {"trained": clock.trained, "prepared": clock.prepared, "scoring": clock.scoring}
         checkpoint["losses"] = [float(loss) for loss in self.losses]
+        checkpoint["own_losses"] = {name: [float(loss) for loss in each] for name, each in self.own_losses.items()}
         if self.average:
             checkpoint["average"] = dict(self.average.network.state_dict())
 
@@ -272,6 +278,10 @@ class Training(lightning.LightningModule):
         minutes, clock = checkpoint["minutes"], self.clock
         clock.before, clock.prepared, clock.scoring = minutes["trained"], minutes["prepared"], minutes["scoring"]
         self.losses = [torch.tensor(loss, device=self.device) for loss in checkpoint["losses"]]
+        kept = checkpoint.get("own_losses", {})
+        self.own_losses = {
+            name: [torch.tensor(loss, device=self.device) for loss in each] for name, each in kept.items()
+        }
         if self.average:
             self.average.network.load_state_dict(checkpoint["average"])
 
@@ -324,19 +334,23 @@ class Watch(Callback):
     def on_train_batch_end(self, trainer: Any, module: "Training", outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.global_step % module.steps_per_epoch == 0:
             loss = trainer.strategy.reduce(module.mean_loss(), reduce_op="mean")
+            own = {
+                f"train/{name}": float(trainer.strategy.reduce(torch.stack(each).double().mean(), reduce_op="mean"))
+                for name, each in module.own_losses.items()
+            }
             module.losses.clear()
+            module.own_losses.clear()
             if self.tracker is not None:
-                self._after_epoch(trainer, module, float(loss))
+                self._after_epoch(trainer, module, {"train/loss": float(loss)} | own)
         self._tell(module)
 
-    def _after_epoch(self, trainer: Any, module: "Training", loss: float) -> None:
+    def _after_epoch(self, trainer: Any, module: "Training", means: dict[str, float]) -> None:
         assert self.tracker is not None
-        told = {
-            "train/loss": loss,
+        told = means | {
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/minutes": module.clock.trained,
         }
-        self.note = f", loss {loss:.3f}"
+        self.note = f", loss {means['train/loss']:.3f}"
         is_last = module.share_done >= 1 or module.global_step == module.last_step
         if self.held_out and (time.monotonic() >= self.free_from or is_last):
             told |= self._validated(module)

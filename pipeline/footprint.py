@@ -65,7 +65,7 @@ def footprint(
     with torch.device("meta"):
         network = build().train()
     with FakeTensorMode(), Ledger() as ledger:
-        _put_on_cpu(network)
+        put_on_cpu(network)
         weights = [*network.parameters(), *network.buffers()]
         ledger.hold(sum(tensor.nbytes for tensor in weights) * (STATES[recipe.optimiser] + (recipe.average > 0)))
         held = ledger.now
@@ -77,7 +77,7 @@ def footprint(
     return Footprint(held=held, peak=ledger.peak)
 
 
-def _put_on_cpu(network: nn.Module) -> None:
+def put_on_cpu(network: nn.Module) -> None:
     """A network built on no device at all, as if it lay on a CPU; Module.to cannot do it to tensors without voxels."""
     for module in network.modules():
         for name, weight in module.named_parameters(recurse=False):

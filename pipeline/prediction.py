@@ -1,7 +1,7 @@
 """Windows, flips and folds over a prepared scan."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import TYPE_CHECKING
@@ -11,18 +11,21 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels import window_blend
+from kernels import resample_argmax, window_blend
 from preprocessing.patches import bell, grid
 from preprocessing.regions import carrying, values_of
-from preprocessing.steps import prepare
+from preprocessing.steps import Resample, prepare
 from preprocessing.volume import Volume
 
-from .errors import UsageError
+from .errors import PackageError, UsageError
 from .postprocessing import Applied, Rule, clean
 
 if TYPE_CHECKING:
     from preprocessing.plan import Plan
-    from preprocessing.steps import Trail
+    from preprocessing.steps import Taken, Trail
+
+
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +40,12 @@ class Inference:
     """Which axes flips mirror: those that training mirrored. On others a network answers nonsense."""
     device: str = "auto"
     """cpu, cuda, or auto: a GPU where there is one."""
+    precision: str = "float32"
+    """What the networks compute in; windows are summed in float32 all the same."""
 
     def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r} is not known; one of {', '.join(PRECISIONS)} is needed.")
         if not 0 <= self.overlap < 1:
             raise UsageError(f"overlap is {self.overlap}; it must be at least 0 and below 1. 0.5 is usual.")
 
@@ -101,6 +108,12 @@ def predict(
     for network, temperature in zip(networks, temperatures or (1.0,) * len(networks), strict=True):
         network.to(device).eval()
         logits = blended_logits(scan, network, plan.patch, plan.classes, how, device)
+        if not bool(logits.sum().isfinite()):  # a decision between no numbers would be a guess
+            raise PackageError(
+                f"the network of package {package_id[:12]} answered this scan with values that are no numbers, computing "
+                f"in {how.precision}; finite logits are needed. Look at the scan's intensities with `hilum check`, and at "
+                "the package's scores; if only bfloat16 does it, leave --precision out."
+            )
         total += probabilities(logits, plan, temperature)
     voxels = (total / len(networks)).numpy()
     return Prediction(probabilities=prepared.with_voxels(voxels, channels=class_names(plan)), package_id=package_id)
@@ -137,7 +150,8 @@ def blended_logits(
     for axis in range(3):
         for start in sorted({start[axis] for start in starts}):
             weights[axis][start : start + patch[axis]] += bells[axis]
-    with torch.inference_mode():
+    half = torch.autocast(device.type, PRECISIONS[how.precision], enabled=how.precision != "float32")
+    with torch.inference_mode(), half:
         for i, j, k in starts:
             window = scan[:, i : i + patch[0], j : j + patch[1], k : k + patch[2]]
             logits = _flipped_mean(window[None].to(device), network, how)[0].float().cpu()
@@ -156,39 +170,50 @@ def _flipped_mean(window: Tensor, network: nn.Module, how: Inference) -> Tensor:
 def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
     """The label map on the scan's own grid, and the probability of what won in each voxel.
 
-    Probabilities go back to the native grid before the decision: argmax after resampling keeps thin structures.
-    One class at a time, so that memory does not grow with the number of labels. What was cropped away is background.
+    Probabilities go back through the resampling before the decision: argmax after resampling keeps thin structures. What
+    was done before the resampling interpolates nothing, so there the decision goes back instead. What was cropped away
+    is background. Of regions each is where it is likelier than not, a later one painted over an earlier one.
     """
-    return (_painted if plan.has_regions else _strongest)(prediction.probabilities, trail, plan)
+    before, resampled, after = trail.parted()
+    likely, nothing = prediction.probabilities, 0.0 if plan.has_regions else 1.0
+    outside = [nothing, *[0.0] * (len(likely.channels) - 1)]
+    channels = [after.undo(_channel(likely, number), fill) for number, fill in enumerate(outside)]
+    labels, strength = _decided(channels, resampled, plan)
+    labels = before.undo(labels)
+    labels = labels.with_voxels(np.ascontiguousarray(labels.voxels))
+    return labels, before.undo(strength, nothing)
 
 
-def _strongest(probabilities: Volume, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
-    back = _native(probabilities, 0, trail, outside=1.0)
-    best, winner = back.voxels.copy(), np.zeros(back.voxels.shape, dtype=plan.lookup.dtype)
-    for number in range(1, len(probabilities.channels)):
-        voxels = _native(probabilities, number, trail).voxels
-        stronger = voxels > best
-        winner[stronger] = plan.lookup[number]
-        best[stronger] = voxels[stronger]
-    return back.with_voxels(winner, channels=("labels",)), back.with_voxels(best, channels=("probability",))
-
-
-def _painted(probabilities: Volume, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
-    """Each region where it is likelier than not, in the plan's order: a later one is painted over an earlier one."""
-    back = _native(probabilities, 0, trail)
-    best, painted = np.zeros_like(back.voxels), np.zeros(back.voxels.shape, dtype=plan.lookup.dtype)
-    for number in range(len(probabilities.channels)):
-        voxels = _native(probabilities, number, trail).voxels if number else back.voxels
-        likely = voxels > 0.5
-        painted[likely] = plan.lookup[number + 1]
-        best[likely] = voxels[likely]
-    return back.with_voxels(painted, channels=("labels",)), back.with_voxels(best, channels=("probability",))
-
-
-def _native(probabilities: Volume, number: int, trail: "Trail", outside: float = 0.0) -> Volume:
-    """One channel on the scan's own grid."""
+def _channel(probabilities: Volume, number: int) -> Volume:
     voxels = probabilities.voxels[number : number + 1]
-    return trail.undo(probabilities.with_voxels(voxels, channels=(probabilities.channels[number],)), outside=outside)
+    return probabilities.with_voxels(voxels, channels=(probabilities.channels[number],))
+
+
+def _decided(channels: Sequence[Volume], resampled: "Taken | None", plan: "Plan") -> tuple[Volume, Volume]:
+    """The decision on the grid that the resampling left, a few planes at a time: all classes never lie there at once."""
+    geometry = resampled.before if resampled else channels[0].geometry
+    nearest = resampled.step.separate if resampled and isinstance(resampled.step, Resample) else None
+    labels, strength = np.empty(geometry.shape, plan.lookup.dtype), np.empty(geometry.shape, np.float32)
+    planes = resample_argmax.stream(
+        _slabs(channels),
+        len(channels[0].voxels[0]),
+        geometry.shape,
+        lookup=torch.from_numpy(plan.lookup),
+        threshold=0.5 if plan.has_regions else None,
+        nearest=nearest,
+    )
+    done = 0
+    for some, winner in planes:
+        rows = slice(done, done + len(some))
+        labels[rows], strength[rows], done = some.numpy(), winner.numpy(), rows.stop
+    back = channels[0].with_voxels(strength[None], geometry=geometry, channels=("probability",))
+    return back.with_voxels(labels[None], channels=("labels",)), back
+
+
+def _slabs(channels: Sequence[Volume], planes: int = 4) -> Iterator[Float[Tensor, "classes plane j k"]]:
+    """A copy of a few planes at a time: torch wants no read-only array."""
+    for start in range(0, channels[0].geometry.shape[0], planes):
+        yield torch.from_numpy(np.stack([channel.voxels[0, start : start + planes] for channel in channels]))
 
 
 def confidence_in(labels: Volume, decided: Volume, strength: Volume, plan: "Plan") -> dict[str, float]:
@@ -214,3 +239,22 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is not known to torch; auto, cpu or cuda is needed. Correct it.") from None
+
+
+def refuse_slow_precision(precision: str, device: torch.device) -> None:
+    """A processor that must imitate bfloat16 is slower with it, not faster."""
+    if precision == "float32":
+        return
+    if device.type == "cuda":
+        can = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        can = bool({"avx512_bf16", "amx_bf16", "bf16"} & {name for name, has in _capabilities().items() if has})
+    if not can:
+        raise UsageError(
+            f"precision {precision} was asked for, and this {'GPU' if device.type == 'cuda' else 'processor'} does not "
+            "compute in it; it would be slower than float32. Leave --precision out."
+        )
+
+
+def _capabilities() -> dict[str, object]:
+    return dict(torch.cpu.get_capabilities())

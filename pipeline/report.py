@@ -48,6 +48,8 @@ class Result:
     """What each fold's logits were divided by, as its held-out cases asked for; empty: the confidence is not calibrated."""
     postprocessing: tuple[Applied, ...] = ()
     """What each rule of the package changed in the labels, in order."""
+    precision: str = "float32"
+    """What the networks computed in."""
     warnings: tuple[str, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
     """Per hop, in order."""
@@ -107,6 +109,8 @@ class Report:
     """What each fold's logits were divided by; empty: the confidence is not calibrated."""
     postprocessing: tuple[Applied, ...] = ()
     """What each rule of the package removed or added, also where that is nothing."""
+    precision: str = "float32"
+    """What the networks computed in."""
 
     @classmethod
     def of(
@@ -136,6 +140,7 @@ class Report:
             reading=reading,
             temperatures=dict(result.temperatures),
             postprocessing=result.postprocessing,
+            precision=result.precision,
         )
 
     def write(self, folder: Path) -> Path:

@@ -51,7 +51,7 @@ def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how:
         volume, model.networks, package.plan, how, package.id,
         temperatures=tuple(package.temperatures.values()), rules=package.rules,
     )  # fmt: skip
-    result = _result(scan, volume, found, package, read_seconds)
+    result = _result(scan, volume, found, package, how, read_seconds)
     written = [
         path
         for name in settings.outputs
@@ -68,7 +68,9 @@ def write_output(name: str, result: Result, folder: Path, options: dict[str, Any
     return module.write(result, folder, decode(module.Config, options, where=f"output_options.{name}"))
 
 
-def _result(scan: Scan, volume: Volume, found: Found, package: ModelPackage, read_seconds: float) -> Result:
+def _result(
+    scan: Scan, volume: Volume, found: Found, package: ModelPackage, how: Inference, read_seconds: float
+) -> Result:
     return Result(
         case_id=scan.case_id,
         scan=volume,
@@ -79,6 +81,7 @@ def _result(scan: Scan, volume: Volume, found: Found, package: ModelPackage, rea
         confidence=found.confidence,
         temperatures=package.temperatures if package.is_calibrated else {},
         postprocessing=found.changes,
+        precision=how.precision,
         warnings=_warnings(volume, found, package),
         seconds={"read": read_seconds, **found.seconds},
     )

@@ -53,6 +53,12 @@ class Trail:
             volume = one.step.undo(volume, one.before, outside)
         return volume
 
+    def parted(self) -> tuple["Trail", Taken | None, "Trail"]:
+        """What came before the first resampling, that resampling if there was one, and what came after it."""
+        at = next((n for n, one in enumerate(self.taken) if isinstance(one.step, Resample)), len(self.taken))
+        resampled = self.taken[at] if at < len(self.taken) else None
+        return Trail(taken=self.taken[:at]), resampled, Trail(taken=self.taken[at + 1 :])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Orient:
@@ -189,7 +195,10 @@ class Pad:
         return _placed(labels, after, 0)
 
     def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
-        return _placed(volume, before, outside)
+        """A view, no copy: what was grown is only cut again."""
+        low = ((np.array(volume.geometry.shape) - before.shape) // 2).tolist()
+        inside = tuple(slice(begin, begin + side) for begin, side in zip(low, before.shape, strict=True))
+        return volume.with_voxels(volume.voxels[(slice(None), *inside)], geometry=before)
 
 
 Step = Orient | Crop | Resample | Normalise | Pad

@@ -5,8 +5,8 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
+
+from kernels import instance_norm
 
 Triple = tuple[int, int, int]
 
@@ -21,7 +21,7 @@ class ResidualBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.first = convolution(inputs, outputs, kernel, stride, bias)
-        self.second = nn.Sequential(_padded(outputs, outputs, kernel, bias=bias), InstanceNorm(outputs))
+        self.second = nn.Sequential(_padded(outputs, outputs, kernel, bias=bias), InstanceNorm(outputs, slope=SLOPE))
         self.shortcut = nn.Sequential()
         if math.prod(stride) > 1:
             self.shortcut.append(nn.AvgPool3d(stride, stride))
@@ -29,16 +29,15 @@ class ResidualBlock(nn.Module):
             self.shortcut.extend([nn.Conv3d(inputs, outputs, 1, bias=False), InstanceNorm(outputs)])
 
     def forward(self, x: Float[Tensor, "B C D H W"]) -> Float[Tensor, "B C2 D2 H2 W2"]:
-        return functional.leaky_relu_(self.second(self.first(x)) + self.shortcut(x), SLOPE)
+        convolve, norm = self.second
+        return norm(convolve(self.first(x)), self.shortcut(x))
 
 
 def convolution(
     inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = False
 ) -> nn.Sequential:
     """Convolution, instance norm, leaky ReLU. A bias is of no use: the norm takes it away again."""
-    return nn.Sequential(
-        _padded(inputs, outputs, kernel, stride, bias), InstanceNorm(outputs), nn.LeakyReLU(SLOPE, inplace=True)
-    )
+    return nn.Sequential(_padded(inputs, outputs, kernel, stride, bias), InstanceNorm(outputs, slope=SLOPE))
 
 
 def _padded(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1), bias: bool = False) -> nn.Conv3d:
@@ -47,57 +46,22 @@ def _padded(inputs: int, outputs: int, kernel: Triple, stride: Triple = (1, 1, 1
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm with scale and shift, as a group norm of one channel per group, which keeps channels last.
+    """Instance norm with scale and shift, what is added to it, and a leaky ReLU, in one go: channels stay last.
 
     Unlike torch's instance norm it accepts a single voxel: that becomes the shift, in training as in use.
     """
 
-    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+    def __init__(self, channels: int, eps: float = 1e-5, slope: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
+        self.slope = slope  # 1: no activation
 
-    def forward(self, x: Float[Tensor, "B C D H W"]) -> Float[Tensor, "B C D H W"]:
-        if x.device.type == "cpu" and x.dtype == self.weight.dtype and x.requires_grad:
-            return _ChannelsLastNorm.apply(x, self.weight, self.bias, self.eps)
-        # torch's own function, not functional.group_norm, which refuses one voxel in a batch of one
-        return torch.group_norm(x, x.shape[1], self.weight, self.bias, self.eps, torch.backends.cudnn.enabled)
-
-
-class _ChannelsLastNorm(torch.autograd.Function):
-    """torch's forward with a backward of two matrix products: on channels last torch's own takes twice as long."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        batch, channels, voxels = x.shape[0], x.shape[1], x[0, 0].numel()
-        y, mean, scale = torch.native_group_norm(x, weight, bias, batch, channels, voxels, channels, eps)
-        ctx.save_for_backward(x, weight, mean, scale)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        x, weight, mean, scale = ctx.saved_tensors
-        mean, scale = mean[:, None, :], scale[:, None, :]  # [B, 1, C]; scale is one over the standard deviation
-        flat, slope = _voxels_by_channels(x), _voxels_by_channels(gradient)  # [B, N, C]
-        voxels = flat.shape[1]
-        total = slope.new_ones(slope.shape[0], 1, voxels) @ slope  # [B, 1, C]
-        along = (flat.mT @ slope).diagonal(dim1=1, dim2=2)[:, None, :]  # [B, 1, C]: sum of x · gradient
-        along = (along - mean * total) * scale  # sum of the normalised x · gradient
-        step = weight * scale
-        pull = -step * scale * along / voxels
-        back = torch.addcmul(-step * total / voxels - pull * mean, flat, pull).addcmul_(slope, step)
-        return _as_volumes(back, x), along.sum((0, 1)), total.sum((0, 1)), None
-
-
-def _voxels_by_channels(x: Tensor) -> Tensor:
-    return x.permute(0, 2, 3, 4, 1).reshape(x.shape[0], -1, x.shape[1])  # a view when channels are last
-
-
-def _as_volumes(flat: Tensor, like: Tensor) -> Tensor:
-    batch, channels, *shape = like.shape
-    return flat.reshape(batch, *shape, channels).permute(0, 4, 1, 2, 3)
+    def forward(
+        self, x: Float[Tensor, "B C D H W"], added: Float[Tensor, "B C D H W"] | None = None
+    ) -> Float[Tensor, "B C D H W"]:
+        return instance_norm.fused(x, self.weight, self.bias, added, self.slope, self.eps)
 
 
 def initialise(network: nn.Module) -> nn.Module:

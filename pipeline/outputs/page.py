@@ -102,6 +102,8 @@ def _origin(result: Result) -> str:
         ("package id", f'<span class="mono">{text(result.package_id)}</span>'),
         ("hilum", text(hilum_version())),
     ]
+    if result.precision != "float32":
+        rows.append(("computed in", text(result.precision)))
     if result.temperatures:
         numbers = ", ".join(f"{temperature:.3g} (fold {fold})" for fold, temperature in result.temperatures.items())
         rows.append(("temperature", text(numbers)))

@@ -119,7 +119,8 @@ def test_fused_says_what_the_reference_says_in_float64_and_so_do_all_gradients(o
     expected, expected_gradients = run(operation.reference, [exactly(value) for value in arguments])
     found, gradients = run(operation.fused, arguments)
     assert_close(found, expected, TOLERANCE[dtype])
-    assert len(gradients) == len(expected_gradients) > 0
+    asked = [value for value in arguments if isinstance(value, torch.Tensor) and value.requires_grad]
+    assert len(gradients) == len(expected_gradients) == len(asked)
     assert_close(gradients, expected_gradients, TOLERANCE[dtype])
 
 
@@ -222,7 +223,7 @@ def test_the_kernels_hold_in_the_interpreter() -> None:
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1200,
     )
     assert child.returncode == 0, child.stdout[-4000:] + child.stderr[-2000:]
 
@@ -248,7 +249,8 @@ def test_without_triton_every_operation_imports_and_runs_its_reference() -> None
         "for name in kernels.available():\n"
         "    op = importlib.import_module(f'kernels.{name}')\n"
         "    arguments = op.sample(dtype=torch.float32, device='cpu', **op.EXAMPLES[0])\n"
-        "    assert torch.equal(op.fused(*arguments), op.reference(*arguments))\n"
+        "    again = op.sample(dtype=torch.float32, device='cpu', **op.EXAMPLES[0])\n"
+        "    torch.testing.assert_close(op.fused(*arguments), op.reference(*again), rtol=1e-4, atol=1e-4)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     child = subprocess.run(
@@ -325,6 +327,8 @@ def assert_close(found, expected, tolerance: float) -> None:
     for one, other in zip(found, expected, strict=True):
         if other is None:
             assert one is None or not one.any()
+        elif not other.is_floating_point():
+            assert torch.equal(one, other)
         else:
             torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, check_dtype=False)
 

@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import networks
+from networks.parts.attentive import Attentive, attention_maps
+from networks.parts.losses import DeepSupervision, answered
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 EVERY = pytest.mark.parametrize("name", networks.available())
@@ -23,13 +25,11 @@ def test_logits_have_the_size_of_the_patch(name, batch, channels, classes, times
     patch = [n * d for n, d in zip(times, divisor, strict=True)]
     x = torch.randn(batch, channels, *patch)
 
-    levels = network.train()(x)
-    assert isinstance(levels, list) and len(levels) > 1
+    levels = answered(network.train()(x)).logits
     assert levels[0].shape == (batch, classes, *patch)
     for finer, coarser in itertools.pairwise(levels):
         assert coarser.shape[:2] == (batch, classes)
         assert all(n % m == 0 and n >= m for n, m in zip(finer.shape[2:], coarser.shape[2:], strict=True))
-        assert coarser[0, 0].numel() < finer[0, 0].numel()
 
     with torch.no_grad():
         logits = network.eval()(x)
@@ -38,20 +38,30 @@ def test_logits_have_the_size_of_the_patch(name, batch, channels, classes, times
     assert logits.isfinite().all()
 
 
+MEANS = {"self_guided": 0.5}
+"""Networks whose answer in use is the mean of the first of their answers in training: of what share of them."""
+
+
 @EVERY
 def test_the_finest_answer_is_the_same_in_training_and_in_use(name) -> None:
-    network, patch = small(name), patch_of(name)
+    network, patch = small(name)[0], patch_of(name)
     x = torch.randn(1, 1, *patch)
-    finest = network[0].train()(x)[0]
+    levels = answered(network.train()(x)).logits
+    if name in MEANS:
+        finest = torch.stack([logits.detach() for logits in levels[: round(MEANS[name] * len(levels))]]).mean(0)
+    else:
+        finest = levels[0].detach()
     with torch.no_grad():
-        torch.testing.assert_close(network[0].eval()(x), finest.detach(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(network.eval()(x), finest, rtol=1e-4, atol=1e-4)
 
 
 @EVERY
 def test_a_gradient_reaches_every_parameter(name) -> None:
     network, _ = small(name)
-    outputs = network.train()(torch.randn(1, 1, *patch_of(name)))
-    sum((logits * torch.randn_like(logits)).sum() for logits in outputs).backward()
+    answer = answered(network.train()(torch.randn(1, 1, *patch_of(name))))
+    (
+        sum((logits * torch.randn_like(logits)).sum() for logits in answer.logits) + sum(answer.losses.values())
+    ).backward()
     for parameter_name, parameter in network.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all() and parameter.grad.abs().max() > 0, parameter_name
@@ -60,7 +70,7 @@ def test_a_gradient_reaches_every_parameter(name) -> None:
 @EVERY
 def test_a_bottleneck_of_one_voxel_trains(name) -> None:
     network, divisor = small(name)
-    outputs = network.train()(torch.randn(1, 1, *divisor))
+    outputs = answered(network.train()(torch.randn(1, 1, *divisor))).logits
     sum(logits.square().mean() for logits in outputs).backward()
     assert all(logits.isfinite().all() for logits in outputs)
     assert all(parameter.grad.isfinite().all() for parameter in network.parameters() if parameter.grad is not None)
@@ -155,13 +165,95 @@ def test_fit_keeps_what_the_user_chose(name) -> None:
     assert module.fit(module.Config(width=5), patch=(32, 32, 32), spacing=ISOTROPIC).width == 5
 
 
+@EVERY
+def test_mixed_precision_says_nearly_the_same(name) -> None:
+    network = small(name)[0].eval()
+    x = torch.randn(1, 1, *(2 * n for n in patch_of(name)))  # a norm over four voxels would blow rounding up
+    with torch.no_grad():
+        exact = network(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x).float()
+    spread = exact.std()
+    assert (rounded - exact).square().mean().sqrt() < 0.15 * spread
+
+
+@EVERY
+def test_the_same_step_twice_gives_the_same_gradients_to_the_bit(name) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = (gradients_of_a_step(name) for _ in "12")
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def gradients_of_a_step(name: str) -> list[torch.Tensor]:
+    network, _ = small(name)
+    random = torch.Generator().manual_seed(3)
+    x = torch.randn(2, 1, *patch_of(name), generator=random)
+    truth = torch.randint(0, 3, (2, *patch_of(name)), generator=random)
+    DeepSupervision()(network.train()(x), truth).backward()
+    return [parameter.grad for parameter in network.parameters()]
+
+
+@EVERY
+def test_a_slice_is_a_patch_too(name) -> None:
+    if name == "segresnet":
+        pytest.skip("MONAI's halves every axis")
+    module = networks.load(name)
+    config = module.fit(module.Config(width=4), patch=(1, 48, 40), spacing=ISOTROPIC)
+    d, h, w = module.divisor(config)
+    assert d == 1
+    network = module.build(config, channels=2, classes=3)
+    x = torch.randn(1, 2, 1, -(-48 // h) * h, -(-40 // w) * w)
+    sum(logits.square().mean() for logits in answered(network.train()(x)).logits).backward()
+    with torch.no_grad():
+        assert network.eval()(x).shape == (1, 3, *x.shape[2:])
+
+
+@EVERY
+def test_what_attention_sees_changes_with_the_scan_and_looking_changes_nothing(name) -> None:
+    network = small(name)[0].train()
+    if not any(isinstance(module, Attentive) for module in network.modules()):
+        pytest.skip("it has no attention")
+    x = torch.randn(1, 1, *patch_of(name))
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    maps, others = attention_maps(network, x), attention_maps(network, 2 * torch.randn_like(x) + 1)
+    assert maps
+    for where, seen in maps.items():
+        assert seen.isfinite().all(), where
+        if seen.numel() > len(seen):  # a single place has nothing to choose from
+            assert not torch.equal(seen, others[where]), where
+    assert network.training and all(torch.equal(value, weights[key]) for key, value in network.state_dict().items())
+    assert all(module.seen is None for module in network.modules() if isinstance(module, Attentive))
+
+
+@EVERY
+def test_it_names_what_can_be_explained(name) -> None:
+    module = networks.load(name)
+    network = small(name)[0]
+    layers = module.explained(network)
+    assert layers and set(layers.values()) <= set(network.modules())
+
+
+@EVERY
+def test_it_can_be_exported_and_compiled(name) -> None:
+    network = small(name)[0].eval()
+    x = torch.randn(1, 1, *patch_of(name))
+    with torch.no_grad():
+        expected = network(x)
+        exported = torch.export.export(network, (x,)).module()
+        torch.testing.assert_close(exported(x), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_networks_are_the_files_and_parts_is_none() -> None:
     assert {"residual_unet", "segresnet"} <= set(networks.available())
     assert "parts" not in networks.available()
     assert all(hasattr(networks.load(name), word) for name in networks.available() for word in WORDS)
 
 
-WORDS = ("Config", "fit", "divisor", "build")
+WORDS = ("PAPER", "GOOD_FOR", "Config", "fit", "divisor", "build", "explained")
 
 
 @pytest.mark.parametrize("wrong", ["residual_unt", "ResidualUNet", "residual-unet"])
@@ -235,10 +327,13 @@ def test_segresnet_answers_as_monai_does() -> None:
         torch.testing.assert_close(mine, known, rtol=1e-3, atol=1e-4)
 
 
+STAGES = dict(width=4, strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)), kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3)))
 SMALL = {
-    "residual_unet": dict(
-        width=4, strides=((1, 1, 1), (1, 2, 2), (2, 2, 2)), kernels=((1, 3, 3), (3, 3, 3), (3, 3, 3))
-    ),
+    "residual_unet": STAGES,
+    "self_guided": STAGES,
+    "mpu_net": STAGES,
+    "mcads": STAGES,
+    "frequency_unet": STAGES,
     "segresnet": dict(width=4, blocks=(1, 1, 1)),
 }
 """Settings that make a network small; a network without an entry is tested at its defaults."""

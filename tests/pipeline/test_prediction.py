@@ -1,5 +1,6 @@
 """Windows are blended as the formula says, and the decision is made on the scan's own grid."""
 
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
@@ -19,6 +20,7 @@ from pipeline.prediction import (
     Prediction,
     blended_logits,
     choose_device,
+    class_names,
     confidence_in,
     decide,
     predict,
@@ -27,7 +29,7 @@ from pipeline.prediction import (
 )
 from preprocessing.patches import bell, grid
 from preprocessing.plan import Label, Plan
-from preprocessing.steps import Crop, Trail, prepare
+from preprocessing.steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step, Trail, prepare
 from preprocessing.volume import Volume
 
 CPU = torch.device("cpu")
@@ -136,6 +138,66 @@ def test_the_decision_is_the_strongest_probability_on_the_scans_own_grid(
         "liver": pytest.approx(undone[1][winner == 1].mean(), abs=1e-3),
         "lesion": pytest.approx(undone[2][winner == 2].mean(), abs=1e-3),
     }
+
+
+MR = Normalise(channels=(Scale(by="scan"),))
+FINER, COARSER, THICK = (
+    Resample(spacing_mm=spacing) for spacing in ((1.1, 1.3, 2.0), (3.0, 2.5, 4.0), (2.0, 2.0, 1.0))
+)
+TRAILS: dict[str, tuple[Step, ...]] = {
+    "nothing": (),
+    "as planned": (Orient(), Crop(margin=1), COARSER, MR, Pad(shape=(16, 7, 16))),
+    "as nnU-Net": (Orient(), Crop(margin=0), MR, FINER, Pad(shape=(40, 16, 16))),
+    "thick slices": (Orient(), replace(THICK, separate=2), MR, Pad(shape=(16, 16, 40))),
+    "no resampling": (Orient(), Crop(margin=1), MR, Pad(shape=(16, 30, 16))),
+    "cropped after resampling": (FINER, Crop(margin=0), Orient(), MR),
+    "resampled twice": (COARSER, Crop(margin=0), Orient(), FINER, Pad(shape=(16, 16, 16))),
+}
+
+
+@pytest.mark.parametrize("has_regions", [False, True], ids=["classes", "regions"])
+@pytest.mark.parametrize("steps", TRAILS.values(), ids=TRAILS)
+def test_whatever_the_trail_the_decision_is_that_of_every_class_brought_back(
+    steps: tuple[Step, ...], has_regions: bool, make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
+) -> None:
+    labels = tuple(replace(label, parts=(label.value,) if has_regions else ()) for label in make_plan().labels)
+    plan, scan = replace(make_plan(), labels=labels), make_scan(3)
+    voxels = np.zeros_like(scan.voxels)
+    voxels[:, 2:-3, 4:, 1:-2] = scan.voxels[:, 2:-3, 4:, 1:-2]
+    prepared, trail = prepare(scan.with_voxels(voxels), steps)
+    random = np.random.default_rng(2).uniform(0, 1, (plan.classes, *prepared.geometry.shape)) ** 0.5
+    likely = prepared.with_voxels(random.astype(np.float32), channels=class_names(plan))
+    found, strength = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
+
+    back = [
+        trail.undo(likely.with_voxels(one[None], channels=("one",)), outside=float(number == 0 and not has_regions))
+        for number, one in enumerate(likely.voxels)
+    ]
+    dense = np.stack([one.voxels[0] for one in back])
+    if has_regions:
+        dense = np.stack([np.zeros_like(dense[0]), *dense])
+    wins = (dense > 0.5) * np.arange(len(dense))[:, None, None, None] if has_regions else dense
+    number = wins.argmax(0)
+    best = np.take_along_axis(dense, number[None], axis=0)[0]
+    np.testing.assert_array_equal(found.voxels[0], plan.lookup[number])
+    np.testing.assert_allclose(strength.voxels[0], best, atol=1e-6)
+    assert found.geometry.matches(back[0].geometry) and strength.geometry.matches(back[0].geometry)
+    assert found.voxels.flags.c_contiguous and len(np.unique(found.voxels)) > 1
+
+
+def test_classes_never_lie_on_the_scans_own_grid_all_at_once(
+    make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
+) -> None:
+    many = tuple(Label(value=value, name=f"organ {value}", colour=(1, 2, 3)) for value in range(1, 60))
+    plan = replace(make_plan(), labels=many, steps=(Orient(), Resample(spacing_mm=(9.0, 9.0, 12.0))))
+    scan = make_scan(0, shape=(64, 60, 50))
+    prepared, trail = prepare(scan, plan.steps)
+    prediction = Prediction(probabilities=random_probabilities(prepared, plan), package_id="")
+    tracemalloc.start()
+    decide(prediction, trail, plan)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 10 * 4 * scan.voxels.size  # bytes of ten float32 maps; there are sixty classes
 
 
 def test_what_was_cropped_away_is_background(make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]) -> None:

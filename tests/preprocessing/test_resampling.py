@@ -1,8 +1,10 @@
 """Resampling agrees with scipy where scipy and we mean the same, and keeps what must be kept where edges begin."""
 
+import subprocess
+import sys
 import tracemalloc
 from collections.abc import Callable, Sequence
-from itertools import permutations, product
+from itertools import accumulate, permutations, product
 from pathlib import Path
 
 import numpy as np
@@ -139,11 +141,43 @@ def test_no_bit_depends_on_the_number_of_threads(after):
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0)])
-@pytest.mark.parametrize("kind", ["float32", "int16"])
-def test_beside_the_result_memory_holds_a_slab(axes, kind):
-    scan = stored(np.zeros((1, 200, 200, 90), kind), axes, (1, 1, 1))
-    there, peak = with_peak(lambda: resample(scan, (110, 110, 180), order=3))
-    assert peak < there.nbytes + 0.25 * scan.size * 4
+@pytest.mark.parametrize("signs", [(1, 1, 1), (-1, -1, 1)])
+@pytest.mark.parametrize("kind", ["float32", "float64", "int16"])
+def test_beside_the_result_memory_holds_a_slab(axes, signs, kind):
+    scan = stored(np.zeros((1, 200, 200, 90), kind), axes, signs)
+    resample(scan, (110, 110, 180), order=3)  # matrices are kept
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        there, peak = with_peak(lambda: resample(scan, (110, 110, 180), order=3))
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert sizes
+    assert peak + max(accumulate(sizes)) < there.nbytes + 0.25 * scan.size * 4
+
+
+@pytest.mark.parametrize("kind", [">i2", ">f4", "longdouble", "uint16", "float16", "bool"])
+def test_numbers_of_any_type_are_resampled_as_what_they_are(kind):
+    scan = (1000 * noise((7, 5, 6))).astype(kind)
+    wanted = resample(scan.astype(np.float64), (10, 4, 9), order=3)
+    np.testing.assert_allclose(resample(scan, (10, 4, 9), order=3), wanted, atol=0.01)
+
+
+def test_channels_back_to_front_and_no_channels_at_all_are_channels_too():
+    voxels = noise((6, 7, 5), channels=3)
+    there = resample(voxels, (9, 4, 8), order=3)
+    for other in (voxels, voxels.transpose(1, 2, 3, 0).copy().transpose(3, 0, 1, 2)):
+        np.testing.assert_allclose(resample(other[::-1], (9, 4, 8), order=3), there[::-1], atol=1e-5)
+    assert resample(voxels[:0], (9, 4, 8), order=3).shape == (0, 9, 4, 8)
+
+
+def test_torch_is_loaded_when_a_scan_is_resampled_and_not_before():
+    program = (
+        "import sys, numpy as np, preprocessing.steps, preprocessing.resampling as resampling\n"
+        "assert 'torch' not in sys.modules\n"
+        "resampling.resample(np.zeros((1, 3, 3, 3), np.float32), (3, 3, 3), order=3)\n"
+        "assert 'torch' not in sys.modules\n"
+        "resampling.resample(np.zeros((1, 3, 3, 3), np.float32), (4, 3, 3), order=3)\n"
+        "assert 'torch' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
 
 
 def with_peak(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, int]:
