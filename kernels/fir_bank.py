@@ -260,7 +260,7 @@ def _launch(x: Tensor, y: Tensor, taps: Taps, *, mirrored: bool = True, adds: bo
     _taps_kernel[(triton.cdiv(B * C * D * H, block_row), triton.cdiv(W, block_w))](
         x, y, weights, rows, columns, len(taps), B, C, D, *x.shape[3:], H, W, *x.stride(), *y.stride(),
         exact=tl.float64 if exact == torch.float64 else tl.float32, MIRRORED=mirrored, ADDS=adds,
-        BLOCK_TAP=64 if INTERPRETED else 1, BLOCK_ROW=block_row, BLOCK_W=block_w,
+        BLOCK_TAP=64 if INTERPRETED else 1, BLOCK_ROW=block_row, BLOCK_W=block_w, enable_fp_fusion=True,
     )  # fmt: skip
 
 

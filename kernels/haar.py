@@ -223,13 +223,18 @@ def _bands_of(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:2], 2 ** (x.ndim - 2), *((n + 1) // 2 for n in x.shape[2:])))
 
 
+FUSED = {"enable_fp_fusion": True}
+
+
 def _launch_analysis(x: Tensor, bands: Tensor, mirrored: bool) -> None:
     odd = any(n % 2 for n in x.shape[2:])  # even rows are read four or eight at a time, mirrored ones by one
     if x.ndim == 4:
         x, bands = x.unsqueeze(2), bands.unsqueeze(3)
     grid, kind = _program(x, bands)
     voxels = math.prod(bands.shape[3:])
-    _analysis_kernel[grid](x, bands, voxels, *x.shape, *bands.shape[3:], *x.stride(), MIRRORED=odd and mirrored, **kind)
+    _analysis_kernel[grid](
+        x, bands, voxels, *x.shape, *bands.shape[3:], *x.stride(), MIRRORED=odd and mirrored, **kind, **FUSED
+    )
 
 
 def _launch_synthesis(bands: Tensor, x: Tensor, mirrored: bool) -> None:
@@ -237,7 +242,9 @@ def _launch_synthesis(bands: Tensor, x: Tensor, mirrored: bool) -> None:
     if x.ndim == 4:
         x, bands = x.unsqueeze(2), bands.unsqueeze(3)
     grid, kind = _program(x, bands)
-    _synthesis_kernel[grid](bands, x, *x.shape, *bands.shape[3:], *bands.stride(), MIRRORED=odd and mirrored, **kind)
+    _synthesis_kernel[grid](
+        bands, x, *x.shape, *bands.shape[3:], *bands.stride(), MIRRORED=odd and mirrored, **kind, **FUSED
+    )
 
 
 def _program(x: Tensor, bands: Tensor) -> tuple[tuple[int, int], dict[str, object]]:

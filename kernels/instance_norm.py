@@ -276,20 +276,33 @@ def _backward(ctx, gradient, *_):
 _normalise.register_autograd(_backward, setup_context=_setup)
 
 
+FUSED = {"enable_fp_fusion": True}
+
+
 def _launch_forward(x, weight, bias, residual, slope: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     result = _made_like(x)
     x, y, other = _flat(x), _flat(result), _flat(x if residual is None else residual)
     steps, splits, programs, blocks = _shares(x)
     mean, scale = (torch.empty(x.shape[:2], dtype=_sums(x), device=x.device) for _ in "12")
     means, squares = (torch.empty(len(x), splits, x.shape[1], dtype=_sums(x), device=x.device) for _ in "12")
-    _statistics_kernel[(programs,)](x, means, squares, *x.shape[1:], steps, splits, *x.stride(), **blocks)
+    _statistics_kernel[(programs,)](x, means, squares, *x.shape[1:], steps, splits, *x.stride(), **blocks, **FUSED)
     share = steps * blocks["BLOCK_N"]
     _combine_kernel[(programs // splits,)](
-        means, squares, mean, scale, *x.shape[1:], share, splits, EPS=eps, BLOCK_S=32, BLOCK_C=blocks["BLOCK_C"]
+        means,
+        squares,
+        mean,
+        scale,
+        *x.shape[1:],
+        share,
+        splits,
+        EPS=eps,
+        BLOCK_S=32,
+        BLOCK_C=blocks["BLOCK_C"],
+        **FUSED,
     )
     _apply_kernel[(programs,)](
         x, other, y, weight, bias, mean, scale, *x.shape[1:], steps, splits, *x.stride(), *other.stride(), *y.stride(),
-        ADDS=residual is not None, SLOPE=slope, **blocks,
+        ADDS=residual is not None, SLOPE=slope, **blocks, **FUSED,
     )  # fmt: skip
     return result, mean, scale
 
@@ -303,13 +316,13 @@ def _launch_backward(
     totals, alongs = (torch.empty(len(x), splits, x.shape[1], dtype=mean.dtype, device=x.device) for _ in "12")
     _sums_kernel[(programs,)](
         gradient, x, y, slopes, weight, bias, mean, scale, totals, alongs, *x.shape[1:], steps, splits,
-        *gradient.stride(), *x.stride(), *y.stride(), *slopes.stride(), ADDS=adds, SLOPE=slope, **blocks,
+        *gradient.stride(), *x.stride(), *y.stride(), *slopes.stride(), ADDS=adds, SLOPE=slope, **blocks, **FUSED,
     )  # fmt: skip
     total, along = totals.sum(1), alongs.sum(1)  # [B, C]
     source = slopes if adds else gradient
     _gradient_kernel[(programs,)](
         source, x, back, weight, bias, mean, scale, total, along, *x.shape[1:], steps, splits,
-        *source.stride(), *x.stride(), *back.stride(), SLOPE=1.0 if adds else slope, **blocks,
+        *source.stride(), *x.stride(), *back.stride(), SLOPE=1.0 if adds else slope, **blocks, **FUSED,
     )  # fmt: skip
     return result, added, along.sum(0), total.sum(0)
 

@@ -239,7 +239,13 @@ def _at_least(needed: list[int], window: Array, outside: float) -> Array:
 
 def _own(window: Array, given: Array) -> Array:
     """In order, and nothing of what was given, which is never changed."""
-    return np.array(window, order="C") if np.may_share_memory(window, given) else np.ascontiguousarray(window)
+    is_others = np.may_share_memory(window, given)
+    return np.array(window, order="C") if is_others else _in_order(window)
+
+
+def _in_order(window: Array) -> Array:
+    """As it lies where it is in order; numpy finds that of an axis of one voxel whatever its stride, torch does not."""
+    return np.array(window, order="C") if min(window.strides) < 0 else np.ascontiguousarray(window)
 
 
 def _straight(image: Array, labels: Array, axis: int, scale: float, side: int) -> tuple[Array, Array]:
@@ -299,7 +305,7 @@ def _sampled(image: Array, labels: Array, matrix: Array, mixed: list[int], patch
 
 def _rows(window: Array, order: list[int], mixed: int) -> list[Tensor]:
     """Per channel: one row per place along the mixed axes, with all that lies along the other axis in it."""
-    moved = np.ascontiguousarray(window.transpose(0, *(1 + axis for axis in order)))
+    moved = _in_order(window.transpose(0, *(1 + axis for axis in order)))
     shape = (int(np.prod(moved.shape[1 : 1 + mixed])), *moved.shape[1 + mixed :])
     return [torch.from_numpy(channel.reshape(shape)) for channel in moved]
 

@@ -124,6 +124,14 @@ def test_any_turn_is_one_interpolation_at_the_composed_matrix_as_scipy_makes_it(
         np.testing.assert_allclose(channel, theirs, atol=1e-4)
 
 
+def test_a_flipped_axis_of_one_voxel_is_no_trouble():
+    turn = Turn(matrix=np.diag([1.1, -1.0, -1.1]), through=1)
+    wide = turn.reach((2, 1, 2), (1.0, 1.0, 1.0))
+    image, labels = torch.ones(1, *wide), torch.full((1, *wide), 3, dtype=torch.int16)
+    seen, truth = turned(image, labels, turn, (2, 1, 2), (1.0, 1.0, 1.0))
+    assert seen.shape == truth.shape == (1, 2, 1, 2)
+
+
 @given(turns)
 @settings(max_examples=50, deadline=None)
 def test_a_window_cut_as_wide_as_it_reaches_has_no_missing_corner_and_is_no_wider_than_needed(drawn):
