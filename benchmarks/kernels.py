@@ -5,8 +5,10 @@ matrix product measured here, in the same type. Entrants of a case take turns, r
 each once before the clock starts; medians. Memory is what the process held at its peak beyond what it held before the
 call (on a GPU what torch's allocator did), over calls that begin with the inputs made.
 
-Without a GPU the columns of one stay empty, and the table says so. `--results FOLDER` keeps the table of each device as
-kernels-cpu.md or kernels-cuda.md. `--only` takes beginnings of kernels' names.
+Each case that was measured is a line of `--results`, and is not measured again unless `--again` says so; the tables, a file
+for the CPU and one for the GPU beside it, are made of all lines. Without a GPU its table says that it is empty. `--peers
+PYTHON` names an interpreter with torch, Triton and the peers, in which all entrants then run. `--only` takes beginnings of
+kernels' names.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,10 @@ CASES = Path(__file__).parent / "kernel_cases"
 COMPILED = "compiled"
 
 
+Record = dict[str, Any]
+RESULTS = Path(__file__).parent / "results" / "kernels.jsonl"
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--only", default="", help="beginnings of names, separated by commas")
@@ -33,71 +40,104 @@ def main() -> None:
     words.add_argument("--rounds", type=int, default=5)
     words.add_argument("--seconds", type=float, default=60, help="about how long a case may take on a device")
     words.add_argument("--skip", default="", help="entrants to leave out, separated by commas")
-    words.add_argument("--results", type=Path, help="a folder for the tables")
+    words.add_argument("--peers", default=sys.executable, help="the interpreter that has the peers too")
+    words.add_argument("--results", type=Path, default=RESULTS)
+    words.add_argument("--again", action="store_true", help="measure what is there already; tables show the newest")
+    words.add_argument("--table", action="store_true", help="only make the tables of what is there")
     words.add_argument("--one", nargs=4, metavar=("KERNEL", "NUMBER", "DEVICE", "DTYPE"), help=argparse.SUPPRESS)
     said = words.parse_args()
     if said.one:
         kernel, number, device, dtype = said.one
         print(json.dumps(measured(kernel, int(number), device, dtype, said)))
         return
+    records = [json.loads(line) for line in said.results.read_text().splitlines()] if said.results.exists() else []
     for device in ["cpu", "cuda"] if said.device == "all" else [said.device]:
-        table = compare(device, said)
-        print(table, flush=True)
-        if said.results:
-            said.results.mkdir(parents=True, exist_ok=True)
-            (said.results / f"kernels-{device}.md").write_text(table)
+        why = "" if said.table else compare(device, said, records)
+        shown = table(device, [record for record in records if record["device"] == device], why)
+        said.results.with_name(f"{said.results.stem}-{device}.md").write_text(shown)
+        print(shown, flush=True)
 
 
-def compare(device: str, said: argparse.Namespace) -> str:
-    about = bench.child(sys.executable, __file__, "--one", "machine", "0", device, "float32")
+def compare(device: str, said: argparse.Namespace, records: list[Record]) -> str:
+    """Measures what has no line yet; says why where nothing can be."""
+    about = one_of(said, "machine", 0, device, "float32")
     if "error" in about:
-        return f"# Kernels on {device}\n\nNothing was measured: {about['error']}\n"
-    lines = [
-        f"# Kernels on {about['device']}",
-        "",
-        f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC. {bench.heading()}, {about['threads']} threads of torch.",
-        f"Versions: {', '.join(f'{name} {version}' for name, version in about['versions'].items())}.",
-        f"Copy {about['bandwidth'] / 1e9:.1f} GB/s (read and written); matrix products "
-        + ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in about["rates"].items())
-        + ".",
-        "`x ours` is the time over ours; memory is added at the peak, over what was there before the call.",
-        "",
-        "| kernel | case | type | floor ms | entrant | ms | x floor | x ours | memory MB | goal |",
-        "|---|---|---|--:|---|--:|--:|--:|--:|---|",
-    ]
+        return str(about["error"])
     for kernel in sorted(file.stem for file in CASES.glob("[a-z]*.py")):
         if not any(kernel.startswith(word.strip()) for word in said.only.split(",")):
             continue
         for number, case in enumerate(importlib.import_module(f"kernel_cases.{kernel}").CASES):
             for dtype in case.dtypes if device in case.devices else ():
-                options = ["--rounds", str(said.rounds), "--seconds", str(said.seconds), "--skip", said.skip]
-                answer = bench.child(
-                    sys.executable, __file__, "--one", kernel, str(number), device, dtype, *options
-                )  # fmt: skip
-                lines += rows(kernel, case, dtype, answer, about)
-                print("\n".join(lines[-len(answer.get("entrants", "1")) :]), file=sys.stderr, flush=True)
-    return "\n".join(lines) + "\n"
+                named = {"kernel": kernel, "case": case.name, "dtype": dtype, "device": device}
+                if not said.again and any(named.items() <= record.items() for record in records):
+                    continue
+                record = named | {"floor": floor(case, dtype, about), "goal": case.goal}
+                record |= one_of(said, kernel, number, device, dtype)
+                record |= {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "machine": bench.heading(), "about": about}
+                records.append(record)
+                with said.results.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+                print("\n".join(rows(record)), file=sys.stderr, flush=True)
+    return ""
 
 
-def rows(kernel: str, case: Any, dtype: str, answer: dict[str, Any], about: dict[str, Any]) -> list[str]:
-    if "error" in answer:
-        return [f"| {kernel} | {case.name} | {dtype} | | failed: {answer['error']} | | | | | {case.goal} |"]
+def one_of(said: argparse.Namespace, kernel: str, number: int, device: str, dtype: str) -> Record:
+    options = ["--rounds", str(said.rounds), "--seconds", str(said.seconds), "--skip", said.skip]
+    ours = {"PYTHONPATH": str(bench.REPOSITORY)}
+    return bench.child(
+        said.peers, __file__, "--one", kernel, str(number), device, dtype, *options, environment=ours
+    )  # fmt: skip
+
+
+def floor(case: Any, dtype: str, about: Record) -> float:
+    """Seconds below which this machine cannot do it."""
     width = {"float32": 4, "float64": 8}.get(dtype, 2)
     moved = case.bytes_moved / 4 * width + case.fixed_bytes
-    floor = max(moved / about["bandwidth"], case.flops / about["rates"].get(dtype, 1e18))
-    ours = answer["entrants"].get("ours", {}).get("seconds")
+    return float(max(moved / about["bandwidth"], case.flops / about["rates"].get(dtype, 1e18)))
+
+
+def table(device: str, records: Sequence[Record], why: str) -> str:
+    if not records:
+        return f"# Kernels on {device}\n\nNothing was measured yet{f': {why}' if why else ''}.\n"
+    newest = {(one["kernel"], one["case"], one["dtype"]): one for one in records}
+    abouts = {json.dumps(one["about"]["versions"]) + one["about"]["device"]: one["about"] for one in newest.values()}
+    lines = [f"# Kernels on {'; '.join(sorted({about['device'] for about in abouts.values()}))}", ""]
+    for about in abouts.values():
+        rates = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in about["rates"].items())
+        versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+        lines += [
+            f"{about['threads']} threads of torch; copy {about['bandwidth'] / 1e9:.1f} GB/s read and written, matrix "
+            f"products {rates}; {versions}."
+        ]
+    lines += [
+        "",
+        "`x ours` is the time over ours; memory is added at the peak, over what was there before the call. Load: what else the",
+        "machine was doing when a case began, of so many cores.",
+        "",
+        "| kernel | case | type | floor ms | entrant | ms | x floor | x ours | memory MB | goal | date, load |",
+        "|---|---|---|--:|---|--:|--:|--:|--:|---|---|",
+    ]
+    return "\n".join(lines + [row for key in sorted(newest) for row in rows(newest[key])]) + "\n"
+
+
+def rows(record: Record) -> list[str]:
+    kernel, case, dtype, least, goal = (record[word] for word in ("kernel", "case", "dtype", "floor", "goal"))
+    if "error" in record:
+        return [f"| {kernel} | {case} | {dtype} | | failed: {record['error']} | | | | | {goal} | {record['date']} |"]
+    ours = record["entrants"].get("ours", {}).get("seconds")
+    when = f"{record['date']}, {record['machine'].partition('load ')[2].partition(',')[0]}"
     found = []
-    for name, one in answer["entrants"].items():
+    for name, one in record["entrants"].items():
         first = not found
-        told = f"| {kernel if first else ''} | {case.name if first else ''} | {dtype if first else ''} | "
-        told += f"{floor * 1e3:.3f} | " if first and floor else "| "
+        told = f"| {kernel if first else ''} | {case if first else ''} | {dtype if first else ''} | "
+        told += f"{least * 1e3:.3f} | " if first and least else "| "
         if "seconds" in one:
-            above = f"{one['seconds'] / floor:.1f}" if floor else ""
+            above = f"{one['seconds'] / least:.1f}" if least else ""
             beside = f"{one['seconds'] / ours:.2f}" if ours else ""
             told += f"{name} | {one['seconds'] * 1e3:.3f} | {above} | {beside} | {one['memory'] / 1e6:.1f} |"
         else:
             told += f"{name} | {one['why']} | | | |"
-        found.append(told + f" {case.goal if first else ''} |")
+        found.append(f"{told} {goal if first else ''} | {when if first else ''} |")
     return found
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
@@ -108,7 +109,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return poisoned
 
-    torch.utils._device._device_constructors()  # torch remembers for good which functions make tensors: the true ones
+    _device_constructors()  # torch remembers for good which functions make tensors: the true ones
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 
