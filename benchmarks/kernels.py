@@ -83,7 +83,7 @@ def compare(device: str, said: argparse.Namespace, records: list[Record]) -> str
 
 def one_of(said: argparse.Namespace, kernel: str, number: int, device: str, dtype: str) -> Record:
     options = ["--rounds", str(said.rounds), "--seconds", str(said.seconds), "--skip", said.skip]
-    ours = {"PYTHONPATH": str(bench.REPOSITORY)}
+    ours = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     return bench.child(
         said.peers, __file__, "--one", kernel, str(number), device, dtype, *options, environment=ours
     )  # fmt: skip
