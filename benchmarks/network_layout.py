@@ -40,10 +40,24 @@ def usual(network: nn.Module) -> nn.Module:
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, InstanceNorm):
-                setattr(parent, name, nn.InstanceNorm3d(child.weight.numel(), affine=True))
+                setattr(parent, name, UsualNorm(child.weight.numel(), child.slope))
     network = network.to(memory_format=torch.contiguous_format)
     network.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
     return network
+
+
+class UsualNorm(nn.InstanceNorm3d):
+    """torch's norm, then what is added, then the activation: three passes where ours has one."""
+
+    def __init__(self, channels: int, slope: float) -> None:
+        super().__init__(channels, affine=True)
+        self.slope = slope
+
+    def forward(self, x: torch.Tensor, added: torch.Tensor | None = None) -> torch.Tensor:
+        y = super().forward(x)
+        if added is not None:
+            y = y + added
+        return y if self.slope == 1 else nn.functional.leaky_relu(y, self.slope)
 
 
 def step(network: nn.Module, image: torch.Tensor, labels: torch.Tensor) -> float:

@@ -9,6 +9,8 @@ WIDTH, CLASSES = 32, 3
 
 def window(side: int) -> Case:
     def make(device: str, dtype: str) -> dict[str, Work]:
+        from network_layout import usual
+
         import networks
 
         module = networks.load("residual_unet")
@@ -41,22 +43,6 @@ def run(network: Any, side: int, device: str, *, half: bool) -> Work:
             return network(scan)
 
     return once
-
-
-def usual(network: Any) -> Any:
-    """The same network as most people write it: torch's default layout and its instance norm."""
-    import torch
-    from torch import nn
-
-    from networks.parts.blocks import InstanceNorm
-
-    for parent in list(network.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, InstanceNorm):
-                setattr(parent, name, nn.InstanceNorm3d(child.weight.numel(), affine=True))
-    network.to(memory_format=torch.contiguous_format)
-    network.register_forward_pre_hook(lambda module, inputs: tuple(x.contiguous() for x in inputs))
-    return network
 
 
 CASES = [window(96)]
