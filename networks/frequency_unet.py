@@ -46,10 +46,11 @@ from .parts.blocks import (
     convolution,
     initialise,
     refuse_unless_multiple,
-    topology,
+    refuse_unlike_stages,
+    stages_for,
     total_stride,
 )
-from .parts.dims import Dims, as_plane, dims_of
+from .parts.dims import Dims, as_plane, but_thin, dims_of, without_thin
 from .parts.frequency import (
     DIRECTIONS,
     Decomposition,
@@ -109,12 +110,7 @@ class Config:
     """The authors' code, errors included."""
 
     def __post_init__(self) -> None:
-        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
-        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
-            raise ValueError(
-                f"frequency_unet was given strides {self.strides} and kernels {self.kernels}; it needs one of each per "
-                "stage, two stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
-            )
+        refuse_unlike_stages("frequency_unet", self.strides, self.kernels)
         if min(self.filters, self.widest, self.depth, self.steps) < 1 or min(self.agreement, self.drift) < 0:
             raise ValueError(
                 f"frequency_unet was given width {self.width}, widest {self.widest}, depth {self.depth}, steps "
@@ -163,17 +159,12 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
     if config.faithful:
         step = 2 ** (len(config.stages[0]) - 1)
         return replace(config, depth=math.ceil(patch[0] / step) * step)
-    strides, kernels = topology(patch, _without_thin(spacing, patch))
-    if len(strides) < 2:
-        raise ValueError(
-            f"A patch of {patch} voxels was given; frequency_unet halves it at least once, for which one axis must have 12 "
-            "voxels, or two axes 8. Choose a larger patch, or pad small scans."
-        )
+    strides, kernels = stages_for("frequency_unet", patch, without_thin(spacing, patch))
     return replace(
         config,
         dims=dims_of(patch),
         strides=strides,
-        kernels=tuple(_but_thin(kernel, patch) for kernel in kernels),
+        kernels=tuple(but_thin(kernel, patch) for kernel in kernels),
         stacked=_stacked(patch, spacing),
     )
 
@@ -525,18 +516,6 @@ def _initialise_as_published(network: nn.Module) -> None:
             nn.init.normal_(module.weight, std=0.001)
         if isinstance(module, nn.Conv3d | nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _but_thin(kernel: Triple, patch: Triple) -> Triple:
-    d, h, w = (1 if n == 1 else size for size, n in zip(kernel, patch, strict=True))
-    return d, h, w
-
-
-def _without_thin(spacing: tuple[float, float, float], patch: Triple) -> tuple[float, float, float]:
-    """A thin axis as coarse as the coarsest other, so that it does not hold the others back."""
-    coarsest = max((step for step, n in zip(spacing, patch, strict=True) if n > 1), default=1.0)
-    d, h, w = (coarsest if n == 1 else step for step, n in zip(spacing, patch, strict=True))
-    return d, h, w
 
 
 def _stacked(patch: Triple, spacing: tuple[float, float, float]) -> tuple[int, ...]:

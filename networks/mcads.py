@@ -39,10 +39,11 @@ from .parts.blocks import (
     convolution,
     initialise,
     refuse_unless_multiple,
-    topology,
+    refuse_unlike_stages,
+    stages_for,
     total_stride,
 )
-from .parts.dims import Dims, as_plane, dims_of, resize
+from .parts.dims import Dims, as_plane, but_thin, dims_of, resize
 
 SLOPE = 0.3  # Keras: LeakyReLU
 HALVINGS = 5  # the authors' backbone ends at a thirty-second of the resolution
@@ -76,12 +77,7 @@ class Config:
     """The authors' code, errors included: planes only."""
 
     def __post_init__(self) -> None:
-        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
-        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
-            raise ValueError(
-                f"mcads was given strides {self.strides} and kernels {self.kernels}; it needs one of each per stage, two "
-                "stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
-            )
+        refuse_unlike_stages("mcads", self.strides, self.kernels)
         if not self.blocks or min(*self.blocks, self.filters, self.widest) < 1 or self.restored < 0:
             raise ValueError(
                 f"mcads was given width {self.width}, widest {self.widest}, blocks {self.blocks} and restored "
@@ -105,16 +101,11 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
                 f"A patch of {patch} voxels was given; the authors' mcads needs one that is one voxel thick. Plan with "
                 "2-D patches, or leave `faithful` out."
             )
-        strides = ((1, 1, 1), *[_but_thin((2, 2, 2), patch)] * HALVINGS)
+        strides = ((1, 1, 1), *[but_thin((2, 2, 2), patch)] * HALVINGS)
         kernels: tuple[Triple, ...] = ((3, 3, 3),) * len(strides)
     else:
-        strides, kernels = topology(patch, spacing)
-        if len(strides) < 2:
-            raise ValueError(
-                f"A patch of {patch} voxels was given; mcads halves it at least once, for which one axis must have 12 "
-                "voxels, or two axes 8. Choose a larger patch, or pad small scans."
-            )
-    kernels = tuple(_but_thin(kernel, patch) for kernel in kernels)
+        strides, kernels = stages_for("mcads", patch, spacing)
+    kernels = tuple(but_thin(kernel, patch) for kernel in kernels)
     return replace(config, dims=dims_of(patch), strides=strides, kernels=kernels)
 
 
@@ -528,10 +519,4 @@ def _half(kernel: Triple) -> Triple:
 def _sevenfold(kernel: Triple) -> Triple:
     """7 where the features are convolved at all: theirs is 7 × 7."""
     d, h, w = (7 if size > 1 else 1 for size in kernel)
-    return d, h, w
-
-
-def _but_thin(sizes: Triple, patch: Triple) -> Triple:
-    """1 along an axis of one voxel."""
-    d, h, w = (1 if n == 1 else size for size, n in zip(sizes, patch, strict=True))
     return d, h, w

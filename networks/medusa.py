@@ -33,7 +33,8 @@ from .parts.blocks import (
     convolution,
     initialise,
     refuse_unless_multiple,
-    topology,
+    refuse_unlike_stages,
+    stages_for,
     total_stride,
 )
 from .parts.dims import resize
@@ -68,12 +69,7 @@ class Config:
     """Size of the convolutions of each stage. Empty: `fit` chooses them."""
 
     def __post_init__(self) -> None:
-        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
-        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
-            raise ValueError(
-                f"medusa was given strides {self.strides} and kernels {self.kernels}; it needs one of each per stage, two "
-                "stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
-            )
+        refuse_unlike_stages("medusa", self.strides, self.kernels)
         if not self.blocks or min(*self.blocks, self.width, self.widest, self.body, self.head) < 1:
             raise ValueError(
                 f"medusa was given width {self.width}, widest {self.widest}, blocks {self.blocks}, body {self.body} and "
@@ -89,12 +85,7 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
     thin = [n == 1 for n in patch]
     # the thickness of a plane is no reason to leave its own axes alone
     d, h, w = (max(spacing) if flat else step for flat, step in zip(thin, spacing, strict=True))
-    strides, kernels = topology(patch, (d, h, w))
-    if len(strides) < 2:
-        raise ValueError(
-            f"A patch of {patch} voxels was given; medusa halves it at least once, for which one axis must have 12 voxels, "
-            "or two axes 8. Choose a larger patch, or pad small scans."
-        )
+    strides, kernels = stages_for("medusa", patch, (d, h, w))
     flat_kernels = tuple(tuple(1 if flat else k for flat, k in zip(thin, kernel, strict=True)) for kernel in kernels)
     return replace(config, strides=strides, kernels=flat_kernels)  # type: ignore[arg-type]
 

@@ -32,8 +32,8 @@ from torch.nn import functional
 from .parts import attentive
 from .parts.answer import Answer
 from .parts.attention.position import PositionAttention
-from .parts.blocks import InstanceNorm, Triple, refuse_unless_multiple, topology, total_stride
-from .parts.dims import Dims, as_plane, dims_of, resize
+from .parts.blocks import InstanceNorm, Triple, refuse_unless_multiple, refuse_unlike_stages, stages_for, total_stride
+from .parts.dims import Dims, as_plane, but_thin, dims_of, resize
 
 KEPT = 2
 """Stages below the last halving, which keep its resolution."""
@@ -70,12 +70,7 @@ class Config:
     """The authors' code, errors included."""
 
     def __post_init__(self) -> None:
-        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
-        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
-            raise ValueError(
-                f"mpu_net was given strides {self.strides} and kernels {self.kernels}; it needs one of each per stage, "
-                "two stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
-            )
+        refuse_unlike_stages("mpu_net", self.strides, self.kernels)
         if min(self.filters, self.widest, self.tokens) < 1 or not 0 <= self.forgotten < 1:
             raise ValueError(
                 f"mpu_net was given width {self.width}, widest {self.widest}, tokens {self.tokens} and dropout "
@@ -99,20 +94,15 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
     if config.strides:
         return config
     if config.faithful:  # three halvings of each axis, whatever the spacing
-        strides = ((1, 1, 1), *[_but_thin((2, 2, 2), patch)] * LEAST)
+        strides = ((1, 1, 1), *[but_thin((2, 2, 2), patch)] * LEAST)
         kernels: tuple[Triple, ...] = ((3, 3, 3),) * len(strides)
     else:
-        strides, kernels = topology(patch, spacing)
-        if len(strides) < 2:
-            raise ValueError(
-                f"A patch of {patch} voxels was given; mpu_net halves it at least once, for which one axis must have 12 "
-                "voxels, or two axes 8. Choose a larger patch, or pad small scans."
-            )
+        strides, kernels = stages_for("mpu_net", patch, spacing)
         stages = min(LEAST + 1, len(strides))
         while stages < len(strides) and _places(patch, strides[:stages]) > config.tokens:
             stages += 1
         strides, kernels = strides[:stages], kernels[:stages]
-    kernels = tuple(_but_thin(kernel, patch) for kernel in kernels)
+    kernels = tuple(but_thin(kernel, patch) for kernel in kernels)
     return replace(config, dims=dims_of(patch), strides=strides, kernels=kernels)
 
 
@@ -286,12 +276,6 @@ def _log_of_mean_probability(answers: list[Tensor]) -> Tensor:
 def _half(kernel: Triple) -> Triple:
     d, h, w = kernel
     return d // 2, h // 2, w // 2
-
-
-def _but_thin(sizes: Triple, patch: Triple) -> Triple:
-    """1 along an axis of one voxel."""
-    d, h, w = (1 if n == 1 else size for size, n in zip(sizes, patch, strict=True))
-    return d, h, w
 
 
 def _places(patch: Triple, strides: tuple[Triple, ...]) -> int:

@@ -19,7 +19,8 @@ from .parts.blocks import (
     convolution,
     initialise,
     refuse_unless_multiple,
-    topology,
+    refuse_unlike_stages,
+    stages_for,
     total_stride,
 )
 
@@ -61,12 +62,7 @@ class Config:
     is none, and so is what is left out. Gates sit on the skip that leaves the stage, all others at the stage's end."""
 
     def __post_init__(self) -> None:
-        unlike = len(self.strides) != len(self.kernels) or len(self.strides) == 1
-        if unlike or (self.strides and tuple(self.strides[0]) != (1, 1, 1)):
-            raise ValueError(
-                f"residual_unet was given strides {self.strides} and kernels {self.kernels}; it needs one of each per "
-                "stage, two stages or more, and a first stride of (1, 1, 1). Leave both out to have them chosen."
-            )
+        refuse_unlike_stages("residual_unet", self.strides, self.kernels)
         if not self.blocks or min(*self.blocks, self.width, self.widest, self.decoder) < 1:
             raise ValueError(
                 f"residual_unet was given width {self.width}, widest {self.widest}, blocks {self.blocks} and decoder "
@@ -90,12 +86,7 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
     if config.strides:
         _refuse_the_unbearable(config, patch)
         return config
-    strides, kernels = topology(patch, spacing)
-    if len(strides) < 2:
-        raise ValueError(
-            f"A patch of {patch} voxels was given; residual_unet halves it at least once, for which one axis must have "
-            "12 voxels, or two axes 8. Choose a larger patch, or pad small scans."
-        )
+    strides, kernels = stages_for("residual_unet", patch, spacing)
     config = replace(config, strides=strides, kernels=kernels)
     _refuse_the_unbearable(config, patch)
     return config

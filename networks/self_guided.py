@@ -41,7 +41,7 @@ from .parts.attention.channel import ChannelAttention
 from .parts.attention.position import PositionAttention
 from .parts.backbone import BatchNorm, ResidualEncoder, ResNet, half, instance_norm
 from .parts.blocks import Triple, convolution, initialise, refuse_unless_multiple, topology, total_stride
-from .parts.dims import Dims, dims_of, resize
+from .parts.dims import Dims, but_thin, dims_of, resize, without_thin
 
 Backbone = Literal["residual", "resnet101", "resnext101_32x4d", "resnext101_32x8d"]
 GROUPS = {"resnet101": (1, 64), "resnext101_32x4d": (32, 4), "resnext101_32x8d": (32, 8)}
@@ -139,7 +139,7 @@ def fit(config: Config, *, patch: tuple[int, int, int], spacing: tuple[float, fl
         )
     config = replace(config, dims=dims_of(patch))
     choose = _quarter if config.encoder != "residual" else _finest_bearable
-    config = choose(config, patch, _but_thin_spacing(patch, spacing))
+    config = choose(config, patch, without_thin(spacing, patch))
     if config.faithful:
         return config
     deeper = list(config.strides[config.grid + 1 :])
@@ -342,7 +342,7 @@ def _initialise_as_published(network: nn.Module) -> nn.Module:
 def _finest_bearable(config: Config, patch: Triple, spacing: tuple[float, float, float]) -> Config:
     """The stages of a residual U-Net, as far as four scales below the grid need them."""
     strides, kernels = topology(patch, spacing)
-    kernels = tuple(_but_thin(kernel, patch) for kernel in kernels)
+    kernels = tuple(but_thin(kernel, patch) for kernel in kernels)
     if len(strides) < 2:
         raise ValueError(
             f"A patch of {patch} voxels was given; self_guided halves it at least once, for which one axis must have 12 "
@@ -359,8 +359,8 @@ def _finest_bearable(config: Config, patch: Triple, spacing: tuple[float, float,
 def _quarter(config: Config, patch: Triple, spacing: tuple[float, float, float]) -> Config:
     """A ResNet's five halvings, which meet after two; the published one does not ask for the spacing."""
     planned, sizes = (((1, 1, 1),), ((3, 3, 3),)) if config.faithful else topology(patch, spacing)
-    strides = tuple(_but_thin(stride, patch) for stride in (*planned, *[(2, 2, 2)] * 6)[:6])
-    kernels = tuple(_but_thin(kernel, patch) for kernel in (*sizes, *[(3, 3, 3)] * 6)[:6])
+    strides = tuple(but_thin(stride, patch) for stride in (*planned, *[(2, 2, 2)] * 6)[:6])
+    kernels = tuple(but_thin(kernel, patch) for kernel in (*sizes, *[(3, 3, 3)] * 6)[:6])
     return replace(config, grid=2, strides=strides, kernels=kernels)
 
 
@@ -369,15 +369,3 @@ def _places(config: Config, patch: Triple) -> int:
     stride = total_stride(config.strides[: config.grid + 1])
     rounded = [math.ceil(n / d) * d for n, d in zip(patch, divisor(config), strict=True)]
     return math.prod(n // step for n, step in zip(rounded, stride, strict=True))
-
-
-def _but_thin(triple: Triple, patch: Triple) -> Triple:
-    d, h, w = (1 if n == 1 else size for n, size in zip(patch, triple, strict=True))
-    return d, h, w
-
-
-def _but_thin_spacing(patch: Triple, spacing: tuple[float, float, float]) -> tuple[float, float, float]:
-    """The thin axis is as coarse as the coarsest other: its spacing says nothing of a plane."""
-    coarsest = max((step for n, step in zip(patch, spacing, strict=True) if n > 1), default=1.0)
-    d, h, w = (coarsest if n == 1 else step for n, step in zip(patch, spacing, strict=True))
-    return d, h, w

@@ -1,6 +1,7 @@
 """Convolution, norm and activation, put together once; how deep a network may go on a patch."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -59,8 +60,8 @@ class InstanceNorm(nn.Module):
         self.slope = slope  # 1: no activation
 
     def forward(
-        self, x: Float[Tensor, "B C D H W"], added: Float[Tensor, "B C D H W"] | None = None
-    ) -> Float[Tensor, "B C D H W"]:
+        self, x: Float[Tensor, "B C *space"], added: Float[Tensor, "B C *space"] | None = None
+    ) -> Float[Tensor, "B C *space"]:
         return instance_norm.fused(x, self.weight, self.bias, added, self.slope, self.eps)
 
 
@@ -98,6 +99,29 @@ def topology(
             step[axis] *= 2
             size[axis] = math.ceil(size[axis] / 2)
     return tuple(strides), (*kernels, (3, 3, 3))
+
+
+def stages_for(
+    name: str, patch: Triple, spacing: tuple[float, float, float]
+) -> tuple[tuple[Triple, ...], tuple[Triple, ...]]:
+    """`topology` for a network that halves a patch at least once."""
+    strides, kernels = topology(patch, spacing)
+    if len(strides) < 2:
+        raise ValueError(
+            f"A patch of {patch} voxels was given; {name} halves it at least once, for which one axis must have 12 voxels, "
+            "or two axes 8. Choose a larger patch, or pad small scans."
+        )
+    return strides, kernels
+
+
+def refuse_unlike_stages(name: str, strides: Sequence[Triple], kernels: Sequence[Triple]) -> None:
+    """A config's stages, unless it leaves them to `fit`."""
+    unlike = len(strides) != len(kernels) or len(strides) == 1
+    if unlike or (strides and tuple(strides[0]) != (1, 1, 1)):
+        raise ValueError(
+            f"{name} was given strides {strides} and kernels {kernels}; it needs one of each per stage, two stages or more, "
+            "and a first stride of (1, 1, 1). Leave both out to have them chosen."
+        )
 
 
 def total_stride(strides: tuple[Triple, ...]) -> Triple:

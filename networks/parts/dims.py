@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Dims = Literal[2, 3]
+Triple = tuple[int, int, int]
 
 CONVOLUTION: dict[int, type[nn.Conv2d] | type[nn.Conv3d]] = {2: nn.Conv2d, 3: nn.Conv3d}
 TRANSPOSED: dict[int, type[nn.ConvTranspose2d] | type[nn.ConvTranspose3d]] = {
@@ -41,3 +42,16 @@ def as_plane(x: Tensor) -> tuple[Tensor, int]:
             "voxel is needed. Plan with 2-D patches, or build the network for volumes."
         )
     return x.squeeze(thin[0]), thin[0]
+
+
+def but_thin(sizes: Triple, patch: Triple) -> Triple:
+    """Sizes, with 1 along an axis of one voxel."""
+    d, h, w = (1 if n == 1 else size for size, n in zip(sizes, patch, strict=True))
+    return d, h, w
+
+
+def without_thin(spacing: tuple[float, float, float], patch: Triple) -> tuple[float, float, float]:
+    """A thin axis as coarse as the coarsest other: its spacing says nothing of a plane, and must not hold others back."""
+    coarsest = max((step for step, n in zip(spacing, patch, strict=True) if n > 1), default=1.0)
+    d, h, w = (coarsest if n == 1 else step for step, n in zip(spacing, patch, strict=True))
+    return d, h, w

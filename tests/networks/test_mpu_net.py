@@ -2,7 +2,6 @@
 
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -204,15 +203,6 @@ def test_half_precision_agrees() -> None:
         halved = network(x)
     whole = network(x)
     assert (halved - whole).abs().mean() < 0.05 * whole.abs().mean() + 0.01
-
-
-@pytest.fixture
-def unchecked():
-    """Without the checks of shapes that the tests put around every function: a compiler cannot see through them."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 def test_it_is_exported_whole(unchecked) -> None:

@@ -7,9 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from kernels import instance_norm
-
-from .. import blocks
 from ..attentive import Attentive
 
 OPEN = 2.0
@@ -20,15 +17,6 @@ Norm = TypeVar("Norm", bound=nn.Module)
 
 class Gate(Attentive):
     """A block that multiplies its input by weights between 0 and 1: cheap, for maps of any size, at home on a skip."""
-
-
-class InstanceNorm(blocks.InstanceNorm):
-    """The norm of `blocks`, for planes as well as for volumes."""
-
-    def forward(
-        self, x: Float[Tensor, "B C *space"], added: Float[Tensor, "B C *space"] | None = None
-    ) -> Float[Tensor, "B C *space"]:
-        return instance_norm.fused(x, self.weight, self.bias, added, self.slope, self.eps)
 
 
 class PlaceNorm(nn.Module):

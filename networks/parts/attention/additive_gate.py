@@ -12,8 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import CONVOLUTION, Dims, resize
-from ._layers import Gate, InstanceNorm, gated, opened
+from ._layers import Gate, gated, opened
 
 
 class AdditiveGate(Gate):

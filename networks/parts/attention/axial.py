@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import CONVOLUTION, Dims
-from ._layers import InstanceNorm, added, heads_of, per_largest, precise
+from ._layers import added, heads_of, per_largest, precise
 
 
 class Axial(Attentive):

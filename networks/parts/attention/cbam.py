@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import BATCH_NORM, CONVOLUTION, Dims
-from ._layers import OPEN, Gate, InstanceNorm, gated, opened, reduced
+from ._layers import OPEN, Gate, gated, opened, reduced
 
 
 class CBAM(Gate):

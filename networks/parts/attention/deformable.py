@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import CONVOLUTION, Dims
-from ._layers import Gate, InstanceNorm, PlaceNorm, gated, opened, precise
+from ._layers import Gate, PlaceNorm, gated, opened, precise
 
 
 class Deformable(Gate):

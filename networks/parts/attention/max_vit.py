@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import CONVOLUTION, Dims
-from ._layers import InstanceNorm, PlaceNorm, added, heads_of, per_largest, precise
+from ._layers import PlaceNorm, added, heads_of, per_largest, precise
 from ._windows import Windows, of_size
 from .squeeze_excitation import SqueezeExcitation
 

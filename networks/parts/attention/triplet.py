@@ -13,8 +13,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..attentive import Attentive
+from ..blocks import InstanceNorm
 from ..dims import BATCH_NORM, CONVOLUTION, Dims
-from ._layers import Gate, InstanceNorm, opened
+from ._layers import Gate, opened
 
 
 class Triplet(Gate):
