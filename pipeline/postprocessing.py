@@ -15,13 +15,11 @@ import numpy as np
 from jaxtyping import Bool, Integer
 from scipy import ndimage
 
+from preprocessing.components import TOUCHING
 from preprocessing.plan import Plan
 from preprocessing.records import BadRecord
 from preprocessing.regions import around, carrying, values_of
 from preprocessing.volume import Volume
-
-TOUCHING = ndimage.generate_binary_structure(3, 3)
-"""Two voxels are of one part when they share a face, an edge or a corner."""
 
 
 def clean(labels: Volume, rules: Sequence["Rule"], plan: Plan) -> tuple[Volume, tuple["Applied", ...]]:

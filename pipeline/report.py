@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int8
 
 from preprocessing.plan import Label
 from preprocessing.reading import STRICT, Reading
@@ -19,6 +20,7 @@ from preprocessing.regions import values_of
 from preprocessing.volume import Geometry, GeometryMismatch, Volume
 
 from .errors import UsageError
+from .faithfulness import Faithfulness
 from .postprocessing import Applied
 
 FILE_NAME = "report.json"
@@ -27,6 +29,52 @@ FILE_NAME = "report.json"
 
 class UnreadableReport(UsageError):
     """A report file is damaged or is no report."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Explanation:
+    """Where a network looked when it found a label, or one part of it: a signed map on the scan's own grid."""
+
+    label: str
+    part: int | None
+    """The part's number in the measurements; None: the whole label."""
+    method: str
+    """hirescam, gradcam, ...; `attention` of a network's own attention, which belongs to no label."""
+    layer: str
+    """The layer explained, `input` of methods that go back to the scan."""
+    codes: Int8[np.ndarray, "i j k"]
+    """-127 to 127; all 0 of a map with nothing behind it."""
+    scale: float
+    """What one code stands for; 0 of a blank map. Never stretched to fill a range: two maps compare by their scales."""
+    unit: str
+    """What the map's values are, in words for a legend."""
+    score: float | None
+    """What the map explains: the stitched model's own score of this label. None of attention."""
+    health: float | None = None
+    """|mean gradient| / mean |gradient|: near 0, a method that averages gradients sees nothing."""
+    faithfulness: Faithfulness | None = None
+    """What tests say of the map; None where it was not tested."""
+    blank: str = ""
+    """Why there is nothing to be seen; empty where there is."""
+    warnings: tuple[str, ...] = ()
+    """Why the map should not be believed."""
+
+    @property
+    def name(self) -> str:
+        """As a file may be called: lesion-hirescam, lesion-3-hirescam, attention-down.2."""
+        words = [self.method, self.layer] if self.method == "attention" else [self.label, self.method]
+        if self.part is not None:
+            words.insert(1, str(self.part))
+        return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in "-".join(words))
+
+    @property
+    def standing(self) -> str:
+        """What is known of it, in a sentence."""
+        if self.blank:
+            return f"blank: {self.blank}"
+        if self.faithfulness is None:
+            return "not tested"
+        return f"failed: {'; '.join(self.faithfulness.failed)}" if self.faithfulness.failed else "passed"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,6 +99,8 @@ class Result:
     precision: str = "float32"
     """What the networks computed in."""
     warnings: tuple[str, ...] = ()
+    explanations: tuple[Explanation, ...] = ()
+    """Where the networks looked, for the outputs that show it; empty where nobody asked."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Per hop, in order."""
 
@@ -111,6 +161,10 @@ class Report:
     """What each rule of the package removed or added, also where that is nothing."""
     precision: str = "float32"
     """What the networks computed in."""
+    confidence: dict[str, float] = field(default_factory=dict)
+    """Mean winning probability inside each label that was found."""
+    explanations: dict[str, str] = field(default_factory=dict)
+    """Of each map of where a network looked what its tests say: passed, failed, blank or not tested, and why."""
 
     @classmethod
     def of(
@@ -141,6 +195,8 @@ class Report:
             temperatures=dict(result.temperatures),
             postprocessing=result.postprocessing,
             precision=result.precision,
+            confidence=dict(result.confidence),
+            explanations={each.name: each.standing for each in result.explanations},
         )
 
     def write(self, folder: Path) -> Path:

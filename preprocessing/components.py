@@ -9,8 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Integer
+from scipy import ndimage
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
+
+TOUCHING = ndimage.generate_binary_structure(3, 3)
+"""Two voxels are of one part when they share a face, an edge or a corner (26-connectivity)."""
 
 EARLIER_ROWS = ((-1, -1), (-1, 0), (-1, 1), (0, -1))
 """Of the eight rows around one, the four that come before it: each pair of rows is looked at once."""

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Float, Integer, Shaped
 from scipy.ndimage import find_objects
 from scipy.ndimage import label as label_pieces
 
+from .components import TOUCHING
+
 Triple = tuple[int, int, int]
 
 
@@ -76,7 +78,7 @@ def _sample(
     mask: Bool[np.ndarray, "i j k"], rng: np.random.Generator, most: int
 ) -> tuple[list[Integer[np.ndarray, "n 3"]], list[int]]:
     """Some voxels of each piece, together at most so many, and the pieces' sizes, the largest first."""
-    numbered, _ = label_pieces(mask, structure=np.ones((3, 3, 3)))
+    numbered, _ = label_pieces(mask, structure=TOUCHING)
     flat = np.flatnonzero(numbered)
     piece = numbered.ravel()[flat] - 1
     sizes = np.bincount(piece)

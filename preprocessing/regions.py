@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool, Integer
 from scipy import ndimage
 
+from .components import TOUCHING
 from .plan import Label
 
 Box = tuple[slice, slice, slice]
@@ -48,6 +49,19 @@ def places(
     for label in labels if among is None else among:
         box = around(boxes, values[label.name])
         yield label, box and Place(start=_start(box), mask=carrying(voxels[box], values[label.name]))
+
+
+def parted(mask: Bool[np.ndarray, "i j k"]) -> tuple[Integer[np.ndarray, "i j k"], Integer[np.ndarray, " part"]]:
+    """The connected parts of a mask, numbered from 1, the largest first, and how many voxels each has.
+
+    Of parts of one size the one met first comes first: on one grid a part has the same number in every table and picture.
+    """
+    met, count = ndimage.label(mask, structure=TOUCHING)
+    sizes = np.bincount(met.ravel(), minlength=count + 1)[1:]
+    order = np.argsort(-sizes, kind="stable")
+    number = np.zeros(count + 1, met.dtype)
+    number[order + 1] = np.arange(1, count + 1)
+    return number[met], sizes[order]
 
 
 def around(boxes: Sequence[Box | None], values: Sequence[int]) -> Box | None:

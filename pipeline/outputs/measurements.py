@@ -1,23 +1,24 @@
 """measurements.json: per label its millilitres, its connected parts, where it lies and how sure the network was."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Integer
 from scipy import ndimage
 
 from preprocessing.plan import Label
-from preprocessing.regions import Place, places
+from preprocessing.regions import Place, parted, places
 from preprocessing.volume import Geometry
 
 from ..report import Result, as_json, grid, write_whole
 
 FILE_NAME = "measurements.json"
 
-TOUCHING = ndimage.generate_binary_structure(3, 3)
-"""Two voxels are of one part when they share a face, an edge or a corner (26-connectivity)."""
+MOST_PARTS = 200
+"""Of a label in so many pieces the largest are listed, one by one; all of them are counted."""
 
 Millimetres = tuple[float, float, float]
 
@@ -25,6 +26,17 @@ Millimetres = tuple[float, float, float]
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Nothing to decide."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One connected part of a label: a lesion, say."""
+
+    number: int
+    """From 1, the largest first: the same in every table, picture and map of this case."""
+    voxels: int
+    volume_ml: float
+    centroid_mm: Millimetres
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +53,8 @@ class Measurement:
     """Lowest and highest x, y, z of the outer faces of its voxels."""
     centroid_mm: Millimetres | None
     mean_confidence: float | None
+    parts: tuple[Part, ...] = ()
+    """The largest first; no more than MOST_PARTS."""
 
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
@@ -80,19 +94,34 @@ def _absent(label: Label) -> Measurement:
 
 
 def _present(label: Label, place: Place, geometry: Geometry, confidence: float | None) -> Measurement:
-    parts, count = ndimage.label(place.mask, structure=TOUCHING)
+    numbers, sizes = parted(place.mask)
     voxels = int(place.mask.sum())
     return Measurement(
         name=label.name,
         value=label.value,
         voxels=voxels,
         volume_ml=voxels * geometry.voxel_ml,
-        components=int(count),
-        largest_component_ml=int(np.bincount(parts.ravel())[1:].max()) * geometry.voxel_ml,
+        components=len(sizes),
+        largest_component_ml=int(sizes[0]) * geometry.voxel_ml,
         bounding_box_mm=_bounding_box(place, geometry),
         centroid_mm=_millimetres(geometry.to_world(_centroid(place.mask) + place.start)),
         mean_confidence=None if confidence is None else float(confidence),
+        parts=tuple(_parts(numbers, place, geometry)),
     )
+
+
+def _parts(numbers: Integer[np.ndarray, "i j k"], place: Place, geometry: Geometry) -> Iterator[Part]:
+    for number, box in enumerate(ndimage.find_objects(numbers, max_label=MOST_PARTS), start=1):
+        if box is None:
+            return
+        part = numbers[box] == number
+        voxels = int(part.sum())
+        yield Part(
+            number=number,
+            voxels=voxels,
+            volume_ml=voxels * geometry.voxel_ml,
+            centroid_mm=_millimetres(geometry.to_world(_centroid(part) + [side.start for side in box] + place.start)),
+        )
 
 
 def _bounding_box(place: Place, geometry: Geometry) -> tuple[Millimetres, Millimetres]:
@@ -124,6 +153,7 @@ def _document(result: Result, measured: tuple[Measurement, ...]) -> dict[str, An
         "words": {
             "volume_ml": "voxels times the volume of one voxel; a region has those of the regions in it, too",
             "components": "parts whose voxels share a face, an edge or a corner",
+            "parts": f"each of them, numbered from the largest; no more than {MOST_PARTS} are listed",
             "bounding_box_mm": "lowest and highest x, y, z (RAS+) of the outer faces of its voxels",
             "centroid_mm": "mean of its voxel centres, RAS+",
             "mean_confidence": f"mean winning probability inside the label; {calibrated(result)}",

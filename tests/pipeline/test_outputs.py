@@ -414,6 +414,16 @@ def test_a_bounding_box_holds_every_corner_of_every_voxel() -> None:
         np.testing.assert_allclose(each.bounding_box_mm[1], points.max(axis=0), atol=1e-9)
 
 
+def test_every_part_is_measured_by_itself_and_the_largest_is_the_first() -> None:
+    result = phantom_result()
+    for each in measurements.measure(result):
+        assert [part.number for part in each.parts] == list(range(1, each.components + 1))
+        assert sum(part.voxels for part in each.parts) == each.voxels
+        assert each.parts[0].volume_ml == each.largest_component_ml == max(part.volume_ml for part in each.parts)
+        middle = np.average([part.centroid_mm for part in each.parts], axis=0, weights=[p.voxels for p in each.parts])
+        np.testing.assert_allclose(middle, each.centroid_mm, atol=1e-6)
+
+
 def test_a_label_that_was_not_found_is_measured_as_nothing(tmp_path: Path) -> None:
     result = phantom_result()
     result = replace(result, label_table=(*TABLE, Label(value=9, name="spleen", colour=(0, 0, 0))))
@@ -428,6 +438,7 @@ def test_a_label_that_was_not_found_is_measured_as_nothing(tmp_path: Path) -> No
         "bounding_box_mm": None,
         "centroid_mm": None,
         "mean_confidence": None,
+        "parts": [],
     }
     assert said["liver"]["mean_confidence"] == 0.97 and said["lesion"]["mean_confidence"] is None
     assert said["liver"]["volume_ml"] == pytest.approx(result.volumes_ml["liver"])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from preprocessing.plan import Label
-from preprocessing.regions import names_in_map, places, values_of
+from preprocessing.regions import names_in_map, parted, places, values_of
 
 
 def region(name: str, value: int, *parts: int) -> Label:
@@ -55,3 +55,26 @@ def test_only_the_labels_asked_for_are_looked_at():
     voxels = np.full((2, 2, 2), 3, np.uint8)
     ((label, place),) = places(voxels, NESTED, NESTED[:1])
     assert label.name == "whole" and place is not None and place.mask.all()
+
+
+def test_parts_are_numbered_from_the_largest_and_touch_by_corners() -> None:
+    mask = np.zeros((8, 8, 8), bool)
+    mask[0, 0, 0] = mask[1, 1, 1] = True  # one part of two voxels, by a corner
+    mask[4:7, 4:7, 4:7] = True
+    mask[7, 0, 0] = True
+    numbers, sizes = parted(mask)
+    assert sizes.tolist() == [27, 2, 1]
+    assert numbers[5, 5, 5] == 1 and numbers[0, 0, 0] == numbers[1, 1, 1] == 2 and numbers[7, 0, 0] == 3
+    assert ((numbers > 0) == mask).all()
+
+
+def test_parts_of_one_size_keep_the_order_in_which_they_are_met() -> None:
+    mask = np.zeros((9, 3, 3), bool)
+    mask[[0, 4, 8], 1, 1] = True
+    numbers, sizes = parted(mask)
+    assert numbers[[0, 4, 8], 1, 1].tolist() == [1, 2, 3] and sizes.tolist() == [1, 1, 1]
+
+
+def test_nothing_has_no_parts() -> None:
+    numbers, sizes = parted(np.zeros((2, 3, 4), bool))
+    assert not numbers.any() and len(sizes) == 0
