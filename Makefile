@@ -27,4 +27,5 @@ $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -e ".[test,check]" -c requirements.lock
+	-$(BIN)/python pipeline/outputs/_viewer/build.py  # pip swallows what a build says: here it is heard
 	touch $@

@@ -72,6 +72,9 @@ buildah inspect --type image "$base" >/dev/null 2>&1 || make_base
 [ "$target" != base ] || exit 0
 (umask 077 && pip_configuration >"$scratch/pip.conf")
 
+# npm knows its registry on this machine, not in the build: what lies in the checkout is not fetched there again
+python3 "$repository/pipeline/outputs/_viewer/build.py" || true
+
 # Certificates: pip in the build trusts whom this machine trusts. `--format docker`: OCI's has no HEALTHCHECK.
 buildah build --pull-never --format docker --target "$target" --file "$repository/docker/Dockerfile" \
     --build-arg "BASE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}" --secret "id=pip,src=$scratch/pip.conf" \

@@ -186,10 +186,13 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 
 
 def explained(network: nn.Module) -> dict[str, nn.Module]:
-    """What may be explained, nearest to the answer first: both branches' decoders, then what they exchange."""
+    """What may be explained, nearest to the answer first: both branches' decoders, what they exchange, then the stages of
+    their encoders."""
     low = network.get_submodule("low")
     merges = [f"merge.{i}" for i in reversed(range(len(low.get_submodule("merge")._modules)))]
+    downs = [f"down.{i}" for i in reversed(range(len(low.get_submodule("down")._modules)))]
     paths = [f"{branch}.{part}" for part in (*merges, "join", "look", "look_deep") for branch in ("low", "high")]
+    paths += [f"{branch}.{down}" for down in downs for branch in ("high", "low")]
     return {path: network.get_submodule(path) for path in paths}
 
 

@@ -126,9 +126,11 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 
 
 def explained(network: nn.Module) -> dict[str, nn.Module]:
-    """What may be explained, nearest to the answer first: what each step up has restored."""
+    """What may be explained, nearest to the answer first: what each step up has restored, then each stage of the encoder
+    from the bottleneck on."""
     steps = [name for name, module in network.named_modules() if isinstance(module, Step)]
-    return {name: network.get_submodule(name) for name in reversed(steps)}
+    stages = [f"down.{stage}" for stage in range(len(list(network.get_submodule("down").children())))]
+    return {name: network.get_submodule(name) for name in (*reversed(steps), *reversed(stages))}
 
 
 class MCADS(nn.Module):

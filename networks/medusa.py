@@ -108,7 +108,8 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 def explained(network: nn.Module) -> dict[str, nn.Module]:
     """Its layers that show best what it sees, the last before the logits first."""
     levels = len(list(network.get_submodule("backbone.merge").children()))
-    names = [*(f"backbone.merge.{level}" for level in range(levels)), f"backbone.down.{levels}", "body.answer"]
+    stages = [f"backbone.down.{stage}" for stage in reversed(range(levels + 1))]
+    names = [*(f"backbone.merge.{level}" for level in range(levels)), *stages, "body.answer"]
     return {name: network.get_submodule(name) for name in names}
 
 

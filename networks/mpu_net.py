@@ -127,9 +127,11 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 
 
 def explained(network: nn.Module) -> dict[str, nn.Module]:
-    """What may be explained, nearest to the answer first: the gated features of each resolution, then the bottleneck."""
+    """What may be explained, nearest to the answer first: the gated features of each resolution, the bottleneck, then what
+    comes down to each stage."""
     gates = [name for name, module in network.named_modules() if isinstance(module, Gate)]
-    return {name: network.get_submodule(name) for name in [*reversed(gates), "attention"]}
+    downs = [name for name, module in network.named_modules() if isinstance(module, Down)]
+    return {name: network.get_submodule(name) for name in [*reversed(gates), "attention", *reversed(downs)]}
 
 
 class MPUNet(nn.Module):

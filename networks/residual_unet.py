@@ -123,9 +123,10 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 
 
 def explained(network: "ResidualUNet") -> dict[str, nn.Module]:
-    """What may be explained, nearest to the answer first: what each step up has made, then the bottleneck."""
+    """What may be explained, nearest to the answer first: what each step up has made, then each stage of the encoder from
+    the bottleneck on."""
     merges = {f"merge.{i}": network.merge[i] for i in reversed(range(len(network.merge)))}
-    return merges | {f"down.{len(network.down) - 1}": network.down[-1]}
+    return merges | {f"down.{i}": network.down[i] for i in reversed(range(len(network.down)))}
 
 
 class ResidualUNet(nn.Module):

@@ -55,9 +55,11 @@ def build(config: Config, *, channels: int, classes: int) -> nn.Module:
 
 
 def explained(network: "SegResNet") -> dict[str, nn.Module]:
-    """What may be explained, nearest to the answer first: what each step up has made."""
-    ups = list(network.network.up_layers)
-    return {f"up_layers.{number}": up["blocks"] for number, up in reversed(list(enumerate(ups)))}
+    """What may be explained, nearest to the answer first: what each step up has made, then each stage of the encoder from
+    the bottleneck on."""
+    ups, downs = list(network.network.up_layers), list(network.network.encoder.layers)
+    named = {f"up_layers.{number}": up["blocks"] for number, up in reversed(list(enumerate(ups)))}
+    return named | {f"layers.{number}": down["blocks"] for number, down in reversed(list(enumerate(downs)))}
 
 
 class SegResNet(nn.Module):

@@ -10,7 +10,7 @@ from pathlib import Path
 from preprocessing.records import decode, nearest
 from preprocessing.volume import ScanError
 
-from . import outputs, tracking
+from . import outputs, registry, tracking
 from .config import Segment, refuse_unknown_match
 from .errors import UsageError, is_users
 from .finding import find_scans
@@ -21,7 +21,7 @@ from .progress import Progress, silent
 from .report import FILE_NAME, Report, as_json, write_whole
 from .results import DONE, ERROR, FAILED, Batch, Row, Work, work_through
 from .scan import Scan, ours
-from .segmentation import Model, segment_case
+from .segmentation import EXPLAINED, Model, segment_case
 
 logger = logging.getLogger(__name__)
 
@@ -50,10 +50,12 @@ def segment(
 
 def _refuse_mistakes(settings: Segment) -> None:
     """A typo in an output or its options is told now, not after the first scan."""
-    for name in settings.outputs:
+    # the options of saliency settle the maps of every output that shows them
+    asked = dict.fromkeys([*settings.outputs, *(["saliency"] if EXPLAINED & set(settings.outputs) else [])])
+    for name in asked:
         decode(outputs.load(name).Config, settings.output_options.get(name, {}), where=f"output_options.{name}")
     for name in settings.output_options:
-        if name not in settings.outputs:
+        if name not in asked:
             raise UsageError(
                 f"output_options speaks of {name!r}, which is not among the outputs{nearest(name, settings.outputs)} "
                 f"Those asked for: {', '.join(settings.outputs)}."
@@ -64,7 +66,7 @@ def open_package(package: Path | str, tracking_uri: str | None = None) -> ModelP
     """A package from a folder, or from the MLflow registry by models:/NAME@ALIAS."""
     if str(package).startswith("models:/"):
         uri = tracking_uri or tracking.default_uri()
-        return ModelPackage.load(tracking.fetch(str(package), tracking.home() / "packages", uri))
+        return ModelPackage.load(registry.fetch(str(package), tracking.home() / "packages", uri))
     return ModelPackage.load(Path(package))
 
 

@@ -19,6 +19,8 @@ svg.chart { width: 100%; height: auto; display: block; background: var(--card); 
 .chart .dot { fill: var(--ink); fill-opacity: .45; }
 .chart .dot:hover { fill: var(--bad); fill-opacity: 1; }
 .chart .mean { fill: var(--link); }
+.chart polyline { fill: none; stroke-width: 2; } .chart .ideal { stroke-dasharray: 4 4; }
+.chart .before { stroke: var(--quiet); fill: var(--quiet); } .chart .after { stroke: var(--link); fill: var(--link); }
 .chart .sure { stroke: var(--link); stroke-width: 2; }
 """
 
@@ -89,6 +91,41 @@ def whiskers(rows: Mapping[str, tuple[float, tuple[float, float] | None]], along
             f"<title>{text(name)}: {mean:.4f}{told}</title></circle>"
         )
     return _svg(drawn, height, what)
+
+
+SQUARE = 300
+CURVES = ("curve before", "curve after")
+
+
+def reliability(curves: Mapping[str, Sequence[tuple[float, float]]], what: str) -> str:
+    """How often right against how sure, both from 0 to 1: a calibrated network lies on the diagonal."""
+    left, top = 48, 28
+    beside = left + SQUARE + 36
+
+    def place(sure: float, is_right: float) -> str:
+        return f"{left + SQUARE * sure:.1f},{top + SQUARE * (1 - is_right):.1f}"
+
+    drawn = [f'<polyline class="zero ideal" points="{place(0, 0)} {place(1, 1)}"/>']
+    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
+        across, up = place(tick, 0).split(","), place(0, tick).split(",")
+        drawn.append(f'<line class="grid" x1="{up[0]}" x2="{left + SQUARE}" y1="{up[1]}" y2="{up[1]}"/>')
+        drawn.append(f'<text class="tick" x="{across[0]}" y="{top + SQUARE + 18}" text-anchor="middle">{tick:g}</text>')
+        drawn.append(f'<text class="tick" x="{left - 8}" y="{float(up[1]) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for kind, (name, points), number in zip(CURVES, curves.items(), range(2), strict=False):
+        line = " ".join(place(*point) for point in points)
+        dots = "".join(
+            f'<circle cx="{place(*point).split(",")[0]}" cy="{place(*point).split(",")[1]}" r="3">'
+            f"<title>{point[0]:.3f} sure, {point[1]:.3f} right</title></circle>"
+            for point in points
+        )
+        y = top + 40 + 26 * number
+        key = f'<line x1="{beside}" x2="{beside + 24}" y1="{y}" y2="{y}" stroke-width="2"/>'
+        drawn.append(f'<g class="{kind}"><polyline points="{line}"/>{dots}{key}</g>')
+        drawn.append(f'<text x="{beside + 32}" y="{y + 4}">{text(name)}</text>')
+    middle = left + SQUARE / 2
+    drawn.append(f'<text class="tick" x="{middle:.0f}" y="{top + SQUARE + 36}" text-anchor="middle">how sure</text>')
+    drawn.append(f'<text class="tick" x="{left}" y="{top - 12}">share that is right</text>')
+    return _svg(drawn, top + SQUARE + 46, what)
 
 
 def _svg(drawn: Sequence[str], height: float, what: str) -> str:

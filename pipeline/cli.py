@@ -351,7 +351,7 @@ def _train(said: "Namespace") -> int:
 
     package = train(said.dataset, said.out, settings, Bar())
     print(card(package.record))
-    _say(f"package {said.out}, id {package.id[:12]}, registered as models:/{package.name}@latest")
+    _say(f"package {said.out}, id {package.id[:12]}. Use it: hilum segment SCAN --package {said.out} --out DIR")
     return DONE
 
 
@@ -446,7 +446,11 @@ def _compare(said: "Namespace") -> int:
 
 
 def _describe_ui(parser: "ArgumentParser") -> None:
-    parser.add_argument("--tracking_uri", help="The store to show; by default hilum's own.")
+    parser.add_argument(
+        "--tracking_uri",
+        help="The store to show; by default hilum's own. One with a password belongs into MLFLOW_TRACKING_URI: whoever "
+        "lists the processes of this machine can read this line.",
+    )
     parser.add_argument(
         "--host", default="127.0.0.1", help="Whoever reaches it can read and delete runs: keep it local."
     )
@@ -457,6 +461,7 @@ def _ui(said: "Namespace") -> int:
     from . import tracking
 
     uri = said.tracking_uri or tracking.default_uri()
+    tracking.end_the_dead(uri)
     _say(f"open {tracking.ui_url(said.host, said.port, tracking.newest_page(uri))} (Ctrl-C stops it)")
     return tracking.serve(uri, said.host, said.port)
 
@@ -464,12 +469,24 @@ def _ui(said: "Namespace") -> int:
 def _describe_show(parser: "ArgumentParser") -> None:
     parser.add_argument("file", type=Path, help="A scan, plan, package or report; or `networks` for a table of them.")
     parser.add_argument("--plan", type=Path, help="The plan whose windows the table of networks is for.")
+    parser.add_argument("--open", action="store_true", help="Of a case: open its page in the browser, too.")
 
 
 def _show(said: "Namespace") -> int:
-    from .description import show
+    from .description import address_of, show
 
     print(show(said.file, said.plan))
+    if not said.open:
+        return DONE
+    if not (address := address_of(said.file)):
+        raise UsageError(
+            f"{said.file} has no page to open; the folder of a case with its page.html is needed. "
+            "Segment it with --outputs page, or leave --open out."
+        )
+    import webbrowser
+
+    if not webbrowser.open(address):
+        _say(f"no browser was found here; open {address}")
     return DONE
 
 
@@ -529,7 +546,7 @@ VERBS = {
         act=_ui,
     ),
     "show": Verb(
-        usage="show FILE",
+        usage="show FILE [--open]",
         does="A scan, plan, package or report, in words.",
         describe=_describe_show,
         act=_show,

@@ -58,7 +58,8 @@ class Train:
     cache: Path | None = None
     """Where prepared cases are kept; by default a folder in hilum's home."""
     tracking_uri: str | None = None
-    """Where MLflow keeps runs: a file (sqlite:///…), a server (http://…) or a database; by default hilum's home."""
+    """Where MLflow keeps runs: a file (sqlite:///…), a server (http://…) or a database; by default hilum's home. One with
+    a password belongs into MLFLOW_TRACKING_URI: whoever lists processes reads a command line."""
     experiment: str | None = None
     """The MLflow experiment; by default the dataset's name."""
     model: str | None = None

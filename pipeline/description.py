@@ -1,5 +1,6 @@
 """Any file of ours, or a scan, in words a person can read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from .checking import judge
 from .conversion import VERDICT, Conversion
 from .errors import UsageError
 from .finding import find_scans
+from .outputs import measurements, page
 from .package import ModelPackage, card
 from .report import Report, millilitres, told
 from .verdicts import table
@@ -45,9 +47,11 @@ def _package(folder: Path) -> str:
 
 def _report(path: Path) -> str:
     report = Report.read(path)
+    folder = path if path.is_dir() else path.parent
     lines = [f"{report.case_id}: {report.status}, by {report.package_name} ({report.package_id[:12]})", ""]
-    lines += [f"  {name:<20} {millilitres(ml):>12}" for name, ml in report.volumes_ml.items()]
+    lines += _findings(report, _parts(folder))
     lines += [f"  warning: {warning}" for warning in report.warnings]
+    lines += [f"  map of {name}: {standing}" for name, standing in report.explanations.items()]
     lines += [f"  repaired: {repair}" for repair in report.repairs]
     lines += [f"  note: {note}" for note in report.notes]
     lines += [f"  rule: {told(applied)}" for applied in report.postprocessing]
@@ -61,7 +65,45 @@ def _report(path: Path) -> str:
         f"  files   {', '.join(report.files)}",
         f"  seconds {', '.join(f'{k} {v:g}' for k, v in report.seconds.items())}",
     ]
+    if address := address_of(folder):
+        lines.append(f"  page    {address}")
     return "\n".join(lines)
+
+
+def address_of(path: Path) -> str:
+    """Where a browser finds the page of this case; empty where there is none."""
+    found = (path if path.is_dir() else path.parent) / page.FILE_NAME
+    return found.resolve().as_uri() if found.is_file() else ""
+
+
+MOST_PARTS = 5
+"""Lines of parts under a label; measurements.json has more."""
+
+
+def _findings(report: Report, parts: dict[str, Any]) -> list[str]:
+    lines = []
+    for name, ml in report.volumes_ml.items():
+        sure = f"   confidence {report.confidence[name]:.2f}" if name in report.confidence else ""
+        lines.append(f"  {name:<20} {millilitres(ml):>12}{sure}")
+        found = parts.get(name, [])
+        if len(found) < 2:
+            continue
+        for part in found[:MOST_PARTS]:
+            lines.append(
+                f"    {part['number']:>3} {'':<14} {millilitres(part['volume_ml']):>12}   {page.place(part['centroid_mm'])}"
+            )
+        if (more := len(found) - MOST_PARTS) > 0:
+            lines.append(f"    and {more} smaller")
+    return lines
+
+
+def _parts(folder: Path) -> dict[str, Any]:
+    """Of each label its parts, from the measurements beside the report; empty where they were not asked for."""
+    try:
+        labels = json.loads((folder / measurements.FILE_NAME).read_text(encoding="utf-8"))["labels"]
+        return {name: label["parts"] for name, label in labels.items()}
+    except (FileNotFoundError, KeyError):  # not asked for, or by a hilum that knew no parts
+        return {}
 
 
 def _conversion(path: Path) -> str:

@@ -28,10 +28,12 @@ from .comparison import compare
 from .config import Train
 from .data import Steps, Windows, whole
 from .errors import UsageError
+from .exhibits import DRAWING_SECONDS
 from .metrics import dice
 from .package import build_network
 from .prediction import Inference, blended_logits, choose_device
 from .progress import Progress
+from .scoresheet import chosen
 from .workshop import Job, Workshop
 
 logger = logging.getLogger(__name__)
@@ -41,9 +43,10 @@ VALIDATION_CASES = 8
 """Held-out cases looked at now and then; all of them are scored at the end."""
 VALIDATION_SHARE = 0.08
 """No more of the time than this goes into looking at them."""
-PICTURED_CASES = 3
 PICTURES = 5
 """How often in a training the pictured cases are drawn."""
+EXHIBITS = 3
+"""Held-out cases that are segmented once more at the end, each for a page of its own."""
 
 
 @dataclass
@@ -327,9 +330,18 @@ class Watch(Callback):
     def __init__(self, tracker: tracking.Tracker | None, progress: Progress, held_out: Sequence[PreparedCase]):
         self.tracker, self.progress, self.held_out = tracker, progress, list(held_out)
         self.pictured = -1
+        self.shown: dict[str, int] = {}
+        """Which cases are drawn: the worst, the median and the best of the first look, so that a slider compares alike."""
         self.note = ""
         self.free_from = 0.0
         """Before this moment another validation would take more than its share of the time."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed training must know of the pictures it has drawn."""
+        return {"shown": self.shown, "pictured": self.pictured}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.shown, self.pictured = state["shown"], state["pictured"]
 
     def on_train_batch_end(self, trainer: Any, module: "Training", outputs: Any, batch: Any, batch_idx: int) -> None:
         if module.global_step % module.steps_per_epoch == 0:
@@ -355,44 +367,73 @@ class Watch(Callback):
         if self.held_out and (time.monotonic() >= self.free_from or is_last):
             told |= self._validated(module)
         self.tracker.metrics(told, step=module.epoch - 1)
-        self.tracker.flush()  # before the next checkpoint: what a resumed run skips must be in the store
+        self.tracker.keep_up()  # before the next checkpoint: what a resumed run skips is in the store, or in the journal
 
     def _validated(self, module: "Training") -> dict[str, float]:
         began = time.monotonic()
         picture = int(module.share_done * (PICTURES - 1))
         seen = self.held_out[:VALIDATION_CASES]
-        scores: dict[str, list[float]] = {}
-        for number, case in enumerate(seen, start=1):
-            image, truth, logits = module.whole_case(case)
-            for label, found, true in masks(logits.cpu(), truth, module.plan):
-                score = dice(found.numpy(), true.numpy())
-                if score is not None and case.looked_for(label, module.plan):
-                    scores.setdefault(f"val/dice_{label.name}", []).append(score)
-            loss = module.loss(logits[None].cpu(), truth[None], torch.tensor([case.annotated]))
-            scores.setdefault("val/loss", []).append(float(loss))
-            if picture > self.pictured and number <= PICTURED_CASES:
-                self._draw(number, image, truth, logits.cpu(), module)
+        scores, drawn = self._looked(seen, module, is_due=picture > self.pictured)
+        if drawn:
+            self._show(drawn, step=max(0, module.epoch - 1))
         self.pictured = max(self.pictured, picture)
         seconds = time.monotonic() - began
         self.free_from = time.monotonic() + seconds / VALIDATION_SHARE
-        module.clock.scoring = 1.2 * seconds / len(seen) * len(self.held_out) / 60
-        means = {name: float(np.mean(values)) for name, values in scores.items()}
-        dices = [mean for name, mean in means.items() if name != "val/loss"]
-        means["val/dice_mean"] = float(np.mean(dices)) if dices else 0.0
-        self.note += f", Dice {means['val/dice_mean']:.3f}"
-        return means
+        each = 1.2 * seconds / len(seen)
+        module.clock.scoring = (each * (len(self.held_out) + EXHIBITS) + EXHIBITS * DRAWING_SECONDS) / 60
+        told = {name: float(np.mean(values)) for name, values in scores.items()}
+        dices = [mean for name, mean in told.items() if name != "val/loss"]
+        told["val/dice_mean"] = float(np.mean(dices)) if dices else 0.0
+        self.note += f", Dice {told['val/dice_mean']:.3f}"
+        return told
 
-    def _draw(self, number: int, image: Tensor, truth: Tensor, logits: Tensor, module: "Training") -> None:
+    def _looked(
+        self, seen: Sequence[PreparedCase], module: "Training", is_due: bool
+    ) -> tuple[dict[str, list[float]], dict[int, np.ndarray]]:
+        """Scores by name, case after case; and pictures of the cases that are shown, by their number, where they are due."""
+        scores: dict[str, list[float]] = {}
+        means: list[float | None] = []
+        drawn: dict[int, np.ndarray] = {}
+        for number, case in enumerate(seen):
+            image, truth, logits = module.whole_case(case)
+            logits = logits.cpu()
+            of_case = _dice(case, logits, truth, module.plan)
+            loss = module.loss(logits[None], truth[None], torch.tensor([case.annotated]))
+            for name, score in {**of_case, "val/loss": float(loss)}.items():
+                scores.setdefault(name, []).append(score)
+            means.append(float(np.mean(list(of_case.values()))) if of_case else None)
+            if is_due and (not self.shown or number in self.shown.values()):
+                drawn[number] = _drawn(image, truth, logits, means[-1], module)
+        self.shown = self.shown or chosen(means)
+        return scores, drawn
+
+    def _show(self, drawn: dict[int, np.ndarray], step: int) -> None:
         assert self.tracker is not None
-        drawn, given = torch.zeros_like(truth), torch.zeros_like(truth)
-        for position, (_, found, true) in enumerate(masks(logits, truth, module.plan), start=1):
-            drawn[found], given[true] = position, position
-        picture = compare(image.numpy(), given.numpy(), drawn.numpy(), module.plan.labels, module.plan.spacing_mm)
-        self.tracker.picture(f"validation/case {number}", picture, step=max(0, module.epoch - 1))
+        for kind, number in self.shown.items():
+            self.tracker.picture(f"validation/{kind} at first", drawn[number], step)
 
     def _tell(self, module: "Training") -> None:
         total = module.settings.minutes or float(module.last_step / module.steps_per_epoch)
         self.progress("train", module.share_done * total, total, f"epoch {module.epoch + 1}{self.note}")
+
+
+def _dice(case: PreparedCase, logits: Tensor, truth: Tensor, plan: Plan) -> dict[str, float]:
+    """Of each label that was looked for in a case."""
+    found = {}
+    for label, mask, true in masks(logits, truth, plan):
+        score = dice(mask.numpy(), true.numpy())
+        if score is not None and case.looked_for(label, plan):
+            found[f"val/dice_{label.name}"] = score
+    return found
+
+
+def _drawn(image: Tensor, truth: Tensor, logits: Tensor, score: float | None, module: "Training") -> np.ndarray:
+    drawn, given = torch.zeros_like(truth), torch.zeros_like(truth)
+    for position, (_, found, true) in enumerate(masks(logits, truth, module.plan), start=1):
+        drawn[found], given[true] = position, position
+    words = f"epoch {module.epoch}" + ("" if score is None else f" · Dice {score:.2f}")
+    plan = module.plan
+    return compare(image.numpy(), given.numpy(), drawn.numpy(), plan.labels, plan.spacing_mm, words)
 
 
 def masks(logits: Tensor, truth: Tensor, plan: Plan) -> Iterator[tuple[Label, Tensor, Tensor]]:

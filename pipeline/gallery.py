@@ -9,9 +9,9 @@ from PIL import Image
 from scipy import ndimage
 
 from preprocessing.declared import PALETTE
-from preprocessing.steps import Orient
-from preprocessing.volume import Geometry, Volume
+from preprocessing.volume import Volume
 
+from .outputs import _planes
 from .references import Maps
 
 SIDE, GAP, LINE = 360, 8, 2
@@ -28,11 +28,12 @@ def colour(number: int) -> tuple[int, int, int]:
 
 def picture(maps: Maps, labels: Mapping[str, Sequence[int]], image: Volume | None) -> bytes:
     """A PNG of the axial, coronal and sagittal slice with most voxels wrong, as a radiologist looks at them."""
-    predicted, given = (_turned(each, maps.geometry) for each in (maps.predicted, maps.given))
     grey = image.voxels[0] if image is not None and image.geometry.matches(maps.geometry) else None
     behind = np.zeros(maps.predicted.shape, np.uint8) if grey is None else grey
-    scan = _turned(behind, maps.geometry)
-    spacing = np.array(Orient().apply(_volume(maps.predicted, maps.geometry)).geometry.spacing)
+    predicted, given, scan = (
+        _planes.along_patient(each, maps.geometry) for each in (maps.predicted, maps.given, behind)
+    )
+    spacing = np.array([maps.geometry.spacing[axis] for _, axis, _ in maps.geometry.axis_order()])
     every = [value for values in labels.values() for value in values]
     box = _surroundings(np.isin(predicted, every) | np.isin(given, every), spacing)
     predicted, given, scan = predicted[box], given[box], scan[box]
@@ -52,15 +53,6 @@ def picture(maps: Maps, labels: Mapping[str, Sequence[int]], image: Volume | Non
     buffer = io.BytesIO()
     sheet.save(buffer, format="PNG", compress_level=5)
     return buffer.getvalue()
-
-
-def _volume(voxels: np.ndarray, geometry: Geometry) -> Volume:
-    return Volume(voxels=voxels[None], geometry=geometry, channels=("shown",))
-
-
-def _turned(voxels: np.ndarray, geometry: Geometry) -> np.ndarray:
-    """Along Right, Anterior, Superior."""
-    return Orient().apply(_volume(voxels, geometry)).voxels[0]
 
 
 def _surroundings(mask: Bool[np.ndarray, "x y z"], spacing: Float[np.ndarray, " 3"]) -> tuple[slice, slice, slice]:
@@ -86,11 +78,9 @@ def _wrong(
     return wrong
 
 
-def shades(scan: np.ndarray) -> UInt8[np.ndarray, "x y z"]:
-    """Greys in which all but the brightest and darkest voxels can be told apart."""
-    values = np.nan_to_num(scan.astype(np.float32))
-    low, high = np.percentile(values, [1, 99.5])
-    return (255 * np.clip((values - low) / max(float(high - low), 1e-6), 0, 1)).astype(np.uint8)
+def shades(scan: np.ndarray) -> UInt8[np.ndarray, "*grid"]:
+    """Greys in which all but the brightest and darkest voxels can be told apart, as in the overlay of a case."""
+    return _planes.shades(scan, _planes.grey_window(scan, is_ct=False))
 
 
 def _plane(

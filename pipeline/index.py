@@ -44,8 +44,20 @@ def _labels(rows: Sequence[Row[Report]], labels: Sequence[str]) -> list[str]:
     return list(names)
 
 
-LAST = ("warnings", "repairs", "seconds", "message")
+LAST = ("confidence", "least sure of", "warnings", "failed maps", "repairs", "seconds", "message")
 """The columns behind the millilitres."""
+
+
+def _least_sure(row: Row[Report]) -> tuple[str, float] | None:
+    """The label found with the least confidence; None where there is none, or nobody said."""
+    sure = row.report.confidence if row.report else {}
+    return min(sure.items(), key=lambda item: item[1], default=None)
+
+
+def _failed_maps(row: Row[Report]) -> list[str]:
+    """Maps of where the network looked that did not pass their tests, and why."""
+    said = row.report.explanations if row.report else {}
+    return [f"map of {name} {standing}" for name, standing in said.items() if standing.startswith("failed")]
 
 
 def _verdict(row: Row[Report]) -> str:
@@ -60,8 +72,11 @@ def _csv(rows: Sequence[Row[Report]], labels: Sequence[str]) -> str:
     for row in rows:
         volumes = row.report.volumes_ml if row.report else {}
         amounts = [f"{volumes[label]:.4f}" if label in volumes else "" for label in labels]
-        said = [" | ".join(part) for part in ((row.report.warnings, row.report.repairs) if row.report else ((), ()))]
-        last = (*map(inert, said), f"{row.seconds:.2f}", inert(row.message))
+        label, least = _least_sure(row) or ("", None)
+        warnings, repairs = (row.report.warnings, row.report.repairs) if row.report else ((), ())
+        said = [inert(" | ".join(part)) for part in (warnings, _failed_maps(row), repairs)]
+        sure = ("" if least is None else f"{least:.4f}", inert(label))
+        last = (*sure, *said, f"{row.seconds:.2f}", inert(row.message))
         reason = (row.error or {}).get("reason", "")
         table.writerow([inert(row.case_id), row.status, _verdict(row), reason, *amounts, *last])
     return buffer.getvalue()
@@ -80,7 +95,9 @@ def _summary(rows: Sequence[Row[Report]], left_alone: dict[str, str], package_na
                 "repairs": list(row.report.repairs) if row.report else [],
                 "notes": list(row.report.notes) if row.report else [],
                 "volumes_ml": dict(row.report.volumes_ml) if row.report else None,
+                "confidence": dict(row.report.confidence) if row.report else None,
                 "warnings": list(row.report.warnings) if row.report else [],
+                "explanations": dict(row.report.explanations) if row.report else {},
                 "files": list(row.report.files) if row.report else [],
                 "seconds": round(float(row.seconds), 3),
                 "error": row.error,
@@ -101,10 +118,11 @@ th button { all: unset; cursor: pointer; }
 th button:hover, th button:focus-visible { color: var(--ink); text-decoration: underline; }
 th[aria-sort=ascending] button::after { content: " \\2191"; }
 th[aria-sort=descending] button::after { content: " \\2193"; }
-td img { width: 180px; max-width: none; }
+td img { width: 180px; height: 83px; max-width: none; object-fit: cover; object-position: top; }
 tr.failed td { background: var(--bad-page); }
 tr.failed .reason { color: var(--bad); }
-.reason { min-width: 320px; overflow-wrap: anywhere; }
+.doubtful { color: var(--alarm); }
+.reason { min-width: 240px; overflow-wrap: anywhere; }
 .case { min-width: 140px; overflow-wrap: anywhere; font-weight: 600; }
 """
 
@@ -158,7 +176,7 @@ def _head(labels: Sequence[str]) -> str:
     plain = "".join(f"<th><button>{word}</button></th>" for word in ("case", "status", "scan", "reasons and warnings"))
     numbers = "".join(
         f'<th class="number" data-number="1"><button>{text(word)}</button></th>'
-        for word in (*(f"{label} ml" for label in labels), "seconds")
+        for word in ("confidence", *(f"{label} ml" for label in labels), "seconds")
     )
     return f"<thead><tr><th>picture</th>{plain}{numbers}</tr></thead>"
 
@@ -174,6 +192,7 @@ def _row(row: Row[Report], labels: Sequence[str]) -> str:
         f"<td>{text(row.status)}</td>",
         f"<td>{text(_verdict(row))}</td>",
         f'<td class="reason">{_reason(row)}</td>',
+        _confidence(row),
         *(_number(volumes.get(label)) for label in labels),
         f'<td class="number" data-key="{float(row.seconds)}">{row.seconds:.1f}</td>',
     ]
@@ -187,6 +206,17 @@ def _thumbnail(row: Row[Report], home: str) -> str:
     return f'<a href="{picture}"><img src="{picture}" loading="lazy" alt="overlay of {text(row.case_id)}"></a>'
 
 
+def _confidence(row: Row[Report]) -> str:
+    """Of the label that is least sure, and its name: a case is worth a look for the weakest thing in it."""
+    found = _least_sure(row)
+    if found is None:
+        return '<td class="number" data-key=""></td>'
+    label, least = found
+    return (
+        f'<td class="number" data-key="{float(least)}">{least:.2f}<br><small class="quiet">{text(label)}</small></td>'
+    )
+
+
 def _number(ml: float | None) -> str:
     if ml is None:
         return '<td class="number" data-key=""></td>'
@@ -198,8 +228,11 @@ def _reason(row: Row[Report]) -> str:
         parts = [row.error[part] for part in ("message", "met", "needed", "do") if row.error.get(part)]
         code = f"<b>{text(row.error['reason'])}</b><br>" if row.error.get("reason") else ""
         return code + "<br>".join(text(part) for part in parts)
-    said = (*row.report.warnings, *(f"repaired: {repair}" for repair in row.report.repairs)) if row.report else ()
-    return "<br>".join(text(sentence) for sentence in said)
+    if row.report is None:
+        return ""
+    failed = [f'<span class="doubtful">{text(sentence)}</span>' for sentence in _failed_maps(row)]
+    said = (*row.report.warnings, *(f"repaired: {repair}" for repair in row.report.repairs))
+    return "<br>".join([*failed, *map(text, said)])
 
 
 def _left_alone(left_alone: dict[str, str]) -> str:

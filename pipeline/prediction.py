@@ -142,29 +142,65 @@ def blended_logits(
     device: torch.device,
 ) -> Float[Tensor, "classes i j k"]:
     """Every window's logits, weighted by a bell, summed, and divided by the sum of weights (a product of three vectors)."""
-    total = torch.zeros(classes, *scan.shape[1:])
-    bells = [torch.from_numpy(bell(side)) for side in patch]
-    weights = [torch.zeros(size) for size in scan.shape[1:]]
     _, height, width, depth = scan.shape
-    starts = grid((height, width, depth), patch, how.overlap)
-    for axis in range(3):
-        for start in sorted({start[axis] for start in starts}):
-            weights[axis][start : start + patch[axis]] += bells[axis]
+    total, windows = (
+        torch.zeros(classes, height, width, depth),
+        Windows.over((height, width, depth), patch, how.overlap),
+    )
     half = torch.autocast(device.type, PRECISIONS[how.precision], enabled=how.precision != "float32")
     with torch.inference_mode(), half:
-        for i, j, k in starts:
-            window = scan[:, i : i + patch[0], j : j + patch[1], k : k + patch[2]]
+        for start in windows.starts:
+            window = scan[(slice(None), *windows.place(start))]
             logits = _flipped_mean(window[None].to(device), network, how)[0].float().cpu()
-            total = window_blend.fused(total, logits, bells[0], bells[1], bells[2], (i, j, k))
-    return total / (weights[0][:, None, None] * weights[1][None, :, None] * weights[2][None, None, :])
+            total = window_blend.fused(total, logits, *windows.bells, start)
+    i, j, k = windows.sums
+    return total / (i[:, None, None] * j[None, :, None] * k[None, None, :])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Windows:
+    """Where windows lie in a prepared scan, and how much each is trusted there: a product of three vectors."""
+
+    patch: tuple[int, int, int]
+    starts: list[tuple[int, int, int]]
+    bells: tuple[Tensor, Tensor, Tensor]
+    """Of one window, along each of its axes."""
+    sums: tuple[Tensor, Tensor, Tensor]
+    """Of all windows, along each axis of the scan."""
+
+    @staticmethod
+    def over(shape: tuple[int, int, int], patch: tuple[int, int, int], overlap: float) -> "Windows":
+        starts = grid(shape, patch, overlap)
+        i, j, k = (torch.from_numpy(bell(side)) for side in patch)
+        sums = tuple(torch.zeros(size) for size in shape)
+        for axis, (along, weight) in enumerate(zip(sums, (i, j, k), strict=True)):
+            for start in sorted({start[axis] for start in starts}):
+                along[start : start + patch[axis]] += weight
+        return Windows(patch=patch, starts=starts, bells=(i, j, k), sums=(sums[0], sums[1], sums[2]))
+
+    def place(self, start: tuple[int, int, int]) -> tuple[slice, slice, slice]:
+        """The window's voxels in the scan."""
+        i, j, k = (slice(first, first + side) for first, side in zip(start, self.patch, strict=True))
+        return i, j, k
+
+    def share(self, start: tuple[int, int, int]) -> Float[Tensor, "i j k"]:
+        """What a window has to say of each of its voxels, of all windows that see it."""
+        i, j, k = (
+            weight / along[side] for weight, along, side in zip(self.bells, self.sums, self.place(start), strict=True)
+        )
+        return i[:, None, None] * j[None, :, None] * k[None, None, :]
+
+
+def mirrorings(how: Inference) -> list[tuple[int, ...]]:
+    """The axes of [B, C, i, j, k] that each pass of a window mirrors; without flips, one pass that mirrors none."""
+    axes = [axis for axis, mirrored in zip((2, 3, 4), how.mirrors, strict=True) if mirrored and how.flips]
+    return [some for size in range(len(axes) + 1) for some in combinations(axes, size)]
 
 
 def _flipped_mean(window: Tensor, network: nn.Module, how: Inference) -> Tensor:
     if not how.flips:
         return network(window)
-    axes = [axis for axis, mirrored in zip((2, 3, 4), how.mirrors, strict=True) if mirrored]
-    subsets = [some for size in range(len(axes) + 1) for some in combinations(axes, size)]
-    return torch.stack([network(window.flip(some)).flip(some) for some in subsets]).mean(dim=0)
+    return torch.stack([network(window.flip(some)).flip(some) for some in mirrorings(how)]).mean(dim=0)
 
 
 def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:

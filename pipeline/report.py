@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -54,6 +54,8 @@ class Explanation:
     """|mean gradient| / mean |gradient|: near 0, a method that averages gradients sees nothing."""
     faithfulness: Faithfulness | None = None
     """What tests say of the map; None where it was not tested."""
+    agreement: float | None = None
+    """How alike captum's integrated gradients are in where they matter (rank correlation); None: they were not asked for."""
     blank: str = ""
     """Why there is nothing to be seen; empty where there is."""
     warnings: tuple[str, ...] = ()
@@ -196,7 +198,7 @@ class Report:
             postprocessing=result.postprocessing,
             precision=result.precision,
             confidence=dict(result.confidence),
-            explanations={each.name: each.standing for each in result.explanations},
+            explanations={name: each.standing for name, each in named(result.explanations)},
         )
 
     def write(self, folder: Path) -> Path:
@@ -216,6 +218,14 @@ class Report:
                 f"{path} is not a report of hilum ({mistake}); a {FILE_NAME} as `hilum segment` writes it is needed. "
                 "Delete it and segment the case again."
             ) from mistake
+
+
+def named(explanations: Sequence[Explanation]) -> Iterator[tuple[str, Explanation]]:
+    """Each under its own name: of two that are called the same, the second is numbered."""
+    met: dict[str, int] = {}
+    for each in explanations:
+        met[each.name] = met.get(each.name, 0) + 1
+        yield each.name if met[each.name] == 1 else f"{each.name}~{met[each.name]}", each
 
 
 def grid(geometry: Geometry) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from preprocessing.steps import prepare
 from preprocessing.volume import Case
 
 from .cache import truth
-from .calibration import Calibration, Sample, calibrate, draw, sample_size
+from .calibration import Calibration, Sample, calibrate, draw, reliability, sample_size
 from .postprocessing import HeldOut, Rule, tried
 from .prediction import Inference, Prediction, blended_logits, choose_device, class_names, decide, probabilities
 from .progress import Progress, silent
@@ -28,6 +28,8 @@ class Scores:
     held_out: HeldOut = field(default_factory=HeldOut)
     temperature: float | None = None
     calibration: Calibration | None = None
+    reliability: dict[str, tuple[tuple[float, float], ...]] = field(default_factory=dict)
+    """Before and after the temperature: how sure, how often right, bin by bin."""
 
     @property
     def mean_dice(self) -> float:
@@ -57,7 +59,14 @@ def score(
         held_out=HeldOut.of(cases, changes),
         temperature=temperature,
         calibration=calibration,
+        reliability=_reliability(samples, temperature),
     )
+
+
+def _reliability(samples: Sequence[Sample], temperature: float | None) -> dict[str, tuple[tuple[float, float], ...]]:
+    if temperature is None:
+        return {}
+    return {"before": reliability(samples, 1.0), f"divided by {temperature:.3g}": reliability(samples, temperature)}
 
 
 def case_key(case: Case) -> str:

@@ -5,7 +5,7 @@ Each line of `segment_case` is one hop; nothing here knows how a hop is done. Ma
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +52,8 @@ def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how:
         temperatures=tuple(package.temperatures.values()), rules=package.rules,
     )  # fmt: skip
     result = _result(scan, volume, found, package, how, read_seconds)
+    if EXPLAINED & set(settings.outputs):
+        result = _with_explanations(result, model, settings, how)
     written = [
         path
         for name in settings.outputs
@@ -60,6 +62,25 @@ def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how:
     report = Report.of(result, [path.name for path in written], settings.outputs, settings.reading)
     report.write(folder)  # last: a case is complete when its report exists
     return report
+
+
+EXPLAINED = {"saliency", "parametric_map"}
+"""Outputs that show where the networks looked; what they show is settled by the options of the first."""
+
+
+def _with_explanations(result: Result, model: Model, settings: Segment, how: Inference) -> Result:
+    from .explanation import Choice, explain  # not at the top: most runs explain nothing
+
+    started = time.perf_counter()
+    config = outputs.load("saliency").Config
+    asked = decode(config, settings.output_options.get("saliency", {}), where="output_options.saliency")
+    package = model.package
+    made = explain(
+        result.scan, result.labels, model.networks, package.plan, how, Choice(**asdict(asked)),
+        temperatures=tuple(package.temperatures.values()),
+    )  # fmt: skip
+    seconds = {**result.seconds, "explain": round(time.perf_counter() - started, 3)}
+    return replace(result, explanations=made, seconds=seconds)
 
 
 def write_output(name: str, result: Result, folder: Path, options: dict[str, Any]) -> list[Path]:

@@ -3,18 +3,18 @@
 Everything goes through `MlflowClient` with the run's id in hand. There is no active run, no autologging, no pickle.
 """
 
+import json
 import logging
 import os
 import re
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import numpy as np
 from jaxtyping import UInt8
 
-from .errors import RegistryError
+from . import heartbeat
 from .report import hilum_version
 
 if TYPE_CHECKING:
@@ -37,8 +37,11 @@ FLUSH_POINTS = 500
 MOST_PARAMS = 6
 """MLflow prints every parameter above each picture; with more of them the picture no longer fits into its card."""
 
-LATEST = "latest"
-"""The alias MLflow itself gives every model: its highest version. To set it would be an error."""
+OWNER, BEAT, ENDED = "process", "heartbeat", "ended"
+"""Tags of a run: who writes it, when it was last heard of, and why it ended if nobody was left to say so."""
+
+PATIENCE_SECONDS = 300
+"""How long a finished training waits for a store that is away, before it leaves the rest to --resume."""
 
 EXPERIMENT_NOTE = "Trainings by hilum: curves and pictures under *Model metrics*, plan and package under *Artifacts*."
 
@@ -56,14 +59,18 @@ class Tracker:
     stores know a point by its key, step, time and value.
     """
 
-    def __init__(self, client: "mlflow.MlflowClient", *, uri: str, run_id: str, experiment_id: str) -> None:
+    def __init__(
+        self, client: "mlflow.MlflowClient", *, uri: str, run_id: str, experiment_id: str, journal: Path | None = None
+    ) -> None:
         self.uri = uri
         self.run_id = run_id
+        self._journal = journal
         self._client = client
         self._experiment_id = experiment_id
         self._waiting: deque[Callable[[], object]] = deque()
         self._points: list[Any] = []
         self._next_flush = time.monotonic() + FLUSH_SECONDS
+        self._next_beat = time.monotonic() + heartbeat.BEAT_SECONDS
         self._is_away = False
         self._last_steps: dict[str, int] = {}
         self._pictures: set[tuple[str, int]] = set()
@@ -75,21 +82,36 @@ class Tracker:
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """One point for each curve. A step that a resumed run already has is not stored again."""
-        from mlflow.entities import Metric
-
         now = time.time_ns() // 1_000_000
-        for name, value in values.items():
-            key = metric_key(name)
-            if step > self._last_steps.get(key, -1):
-                self._points.append(Metric(key, float(value), now, step))
+        named = {metric_key(name): float(value) for name, value in values.items()}
+        self._write_down(now, step, named)
+        self._take(now, step, named)
         is_full = len(self._points) >= FLUSH_POINTS and not self._is_away
         if is_full or time.monotonic() >= self._next_flush:
             self.flush()
 
+    def _take(self, when: int, step: int, values: dict[str, float]) -> None:
+        from mlflow.entities import Metric
+
+        self._points += [
+            Metric(key, value, when, step) for key, value in values.items() if step > self._last_steps.get(key, -1)
+        ]
+
+    def _write_down(self, when: int, step: int, values: dict[str, float]) -> None:
+        """On our own disk too: a training that is killed while the store is away has told its points to nobody else."""
+        if self._journal is None:
+            return
+        try:
+            with self._journal.open("a", encoding="utf-8") as journal:
+                journal.write(json.dumps([when, step, values]) + "\n")
+        except OSError as error:
+            logger.warning("%s cannot be written (%s); points wait in memory alone", self._journal.name, error.strerror)
+            self._journal = None
+
     def picture(self, key: str, image: UInt8[np.ndarray, "height width 3"], step: int) -> None:
         """A picture the UI shows with a slider over the steps, from step 0: begin there, or its card opens empty.
 
-        Its thumbnail is 256 pixels wide and the card cuts at about 130: pictures twice as wide as high fit whole.
+        Its card is lower than the square it puts a picture in: of a square one the upper two thirds are seen.
         """
         key = re.sub(r"[^a-zA-Z0-9_\-./ ]", "_", key)
         if (key, step) not in self._pictures:
@@ -117,47 +139,42 @@ class Tracker:
         """A fact about the run; told again, it replaces the former."""
         self._tell(lambda: self._client.set_tag(self.run_id, key, value))
 
-    def register(self, package: Path, name: str, aliases: tuple[str, ...], note: str = "") -> str:
-        """Uploads a package folder, registers it as the next version of model `name`; returns the version.
-
-        Raises TrackingError when the store is away: the package itself is safe in its folder.
-        """
-        assert package.is_dir(), f"{package} is no folder"
-        self.flush()
-        with _store_errors(self.uri):
-            # a folder of its own for every upload: a version once registered is never written over
-            taken = {entry.path for entry in self._client.list_artifacts(self.run_id)}
-            folder = next(f for f in _numbered("package") if f not in taken)
-            self._client.log_artifacts(self.run_id, str(package), folder)
-            self._create_model(name)
-            source = f"{self._client.get_run(self.run_id).info.artifact_uri}/{folder}"
-            version = str(self._client.create_model_version(name, source, self.run_id, description=note).version)
-            for alias in set(aliases) - {LATEST}:
-                self._client.set_registered_model_alias(name, alias, version)
-            return version
-
-    def _create_model(self, name: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        use = f"Use it: `hilum segment SCAN --package models:/{name}@ALIAS --out DIR`, or `/VERSION` for `@ALIAS`."
-        try:
-            self._client.create_registered_model(name, description=use)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-
     def flush(self) -> bool:
-        """Sends what waits; says whether all of it arrived. Call it before a checkpoint is written."""
+        """Sends what waits; says whether all of it arrived."""
         points, self._points = self._points, []
         for first in range(0, len(points), FLUSH_POINTS):
             some = points[first : first + FLUSH_POINTS]
             self._waiting.append(partial(self._client.log_batch, self.run_id, metrics=some))
         began = time.monotonic()
         is_sent = self._send()
+        if is_sent and began >= self._next_beat:
+            self.beat()
         ended = time.monotonic()
         # MLflow waits 20 s for a locked sqlite file: even such a store may cost training a tenth of its time at most
         self._next_flush = ended + max(FLUSH_SECONDS, 10 * (ended - began))
         return is_sent
+
+    def keep_up(self) -> None:
+        """Flushes; while the store is away only now and then, so that a training hardly waits for it."""
+        if not self._is_away or time.monotonic() >= self._next_flush:
+            self.flush()
+
+    def beat(self) -> None:
+        """Says that the training lives, where that was not said lately: see `end_the_dead`."""
+        if time.monotonic() < self._next_beat or self._is_away:
+            return
+        self._next_beat = time.monotonic() + heartbeat.BEAT_SECONDS
+        with suppress(*_failures()):  # the next one may come through
+            # another machine may have taken a long silence for death
+            self._client.update_run(self.run_id, status="RUNNING")
+            self._client.set_tag(self.run_id, BEAT, heartbeat.now().isoformat(timespec="seconds"))
+
+    def settle(self, seconds: float = PATIENCE_SECONDS) -> bool:
+        """Flushes, and waits so long for a store that is away; says whether everything has arrived."""
+        until = time.monotonic() + seconds
+        while not self.flush() and time.monotonic() < until:
+            time.sleep(min(5.0, max(0.0, until - time.monotonic())))
+        return not self._waiting
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Flushes, then says how the run ended."""
@@ -176,6 +193,24 @@ class Tracker:
             # MLflow names its files images/KEY+step+7+timestamp+... and writes ~ for the / of a key
             if found := re.match(r"images/(.+?)\+step\+(\d+)\+", entry.path):
                 self._pictures.add((found[1].replace("~", "/"), int(found[2])))
+        self._tell_again()
+
+    def _tell_again(self) -> None:
+        """Points that were written down and never reached the store."""
+        if self._journal is None or not self._journal.exists():
+            return
+        missing: dict[tuple[str, int], tuple[int, float]] = {}
+        for line in self._journal.read_text(encoding="utf-8").splitlines():
+            try:
+                when, step, values = json.loads(line)
+            except ValueError:  # killed in the middle of a line: that step was not kept either
+                continue
+            for key, value in values.items():
+                missing.setdefault((key, step), (when, value))  # a step done again after a kill: as it was first
+        for (key, step), (when, value) in missing.items():
+            self._take(when, step, {key: value})
+        for key, step in missing:
+            self._last_steps[key] = max(step, self._last_steps.get(key, -1))
 
     def _tell(self, message: Callable[[], object]) -> None:
         self._waiting.append(message)
@@ -188,7 +223,7 @@ class Tracker:
             try:
                 self._waiting[0]()
             except failures as error:
-                if not _is_refusal(error):
+                if not is_refusal(error):
                     self._went_away(error)
                     return False
                 logger.warning("MLflow refuses a message of run %s: %s", self.run_id, _first_line(error))
@@ -217,27 +252,67 @@ def open_run(
     tags: dict[str, str],
     run_id: str | None = None,
     note: str = "",
+    journal: Path | None = None,
 ) -> Tracker:
-    """Starts a run, or goes on with run `run_id`. `note` is Markdown, shown on the run's page."""
+    """Starts a run, or goes on with run `run_id`. `note` is Markdown, shown on the run's page.
+
+    `journal` is a file of ours for the points of its curves, until it ends: what the store missed is told from there.
+    """
     assert len(params) <= MOST_PARAMS, f"{len(params)} params hide MLflow's pictures; log {MOST_PARAMS}, tag the rest"
     tags = tags | {"mlflow.source.name": "hilum", "mlflow.source.type": "LOCAL"}
+    tags |= {OWNER: str(heartbeat.Owner.here()), BEAT: heartbeat.now().isoformat(timespec="seconds")}
     if note:
         tags["mlflow.note.content"] = note
-    with _store_errors(uri):
+    with store_errors(uri):
         from mlflow.entities import Param
 
-        client = _client(uri)
+        client = connect(uri)
         if run_id is None:
             run = client.create_run(_experiment_id(client, uri, experiment), tags=tags, run_name=run_name)
             client.log_batch(run.info.run_id, params=[Param(key, str(value)) for key, value in params.items()])
-            return Tracker(client, uri=uri, run_id=run.info.run_id, experiment_id=run.info.experiment_id)
+            known = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+            return Tracker(client, uri=uri, **known, journal=journal)
         client.update_run(run_id, status="RUNNING")
         run = client.get_run(run_id)
-        tracker = Tracker(client, uri=uri, run_id=run_id, experiment_id=run.info.experiment_id)
+        if ENDED in run.data.tags:
+            client.delete_tag(run_id, ENDED)
+        tracker = Tracker(client, uri=uri, run_id=run_id, experiment_id=run.info.experiment_id, journal=journal)
         tracker.recall()
     for key, value in tags.items():
         tracker.tag(key, value)
     return tracker
+
+
+def end_the_dead(uri: str) -> list[str]:
+    """Runs of ours that say RUNNING although nobody is left to end them are marked KILLED; returns their ids.
+
+    That is known of a process of this machine; one elsewhere must have been silent for `heartbeat.SILENT_HOURS`.
+    """
+    ended = []
+    with store_errors(uri):
+        client = connect(uri)
+        for run in _running(client):
+            owner = heartbeat.Owner.read(run.data.tags.get(OWNER, ""))
+            beat = heartbeat.read_time(run.data.tags.get(BEAT, ""))
+            if owner is None or not owner.is_gone(beat):
+                continue
+            heard = int(beat.timestamp() * 1000) if beat else None
+            client.set_tag(run.info.run_id, ENDED, f"process {owner.pid} on {owner.host} was gone; go on with --resume")
+            client.set_terminated(run.info.run_id, "KILLED", max(heard or 0, run.info.start_time))
+            ended.append(run.info.run_id)
+            logger.info("run %s (%s) was killed; MLflow says so now", run.info.run_name, run.info.run_id[:8])
+    return ended
+
+
+def _running(client: "mlflow.MlflowClient") -> Iterator[Any]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    page = None
+    while experiments:
+        found = client.search_runs(experiments, "attributes.status = 'RUNNING'", max_results=1000, page_token=page)
+        yield from found
+        page = found.token
+        if not page:
+            return
 
 
 def _experiment_id(client: "mlflow.MlflowClient", uri: str, name: str) -> str:
@@ -245,12 +320,11 @@ def _experiment_id(client: "mlflow.MlflowClient", uri: str, name: str) -> str:
 
     if found := client.get_experiment_by_name(name):
         return found.experiment_id
-    database = _sqlite_file(uri)
     try:
         return client.create_experiment(
             name,
-            # left to itself, MLflow on sqlite puts artifacts below whatever folder one happens to stand in
-            artifact_location=(database.parent / "artifacts").as_uri() if database else None,
+            # left to itself, MLflow on a database puts artifacts below whatever folder one happens to stand in
+            artifact_location=None if _is_served(uri) else _artifacts(uri).as_uri(),
             # else MLflow's UI greets with its pages for chat models
             tags={"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": EXPERIMENT_NOTE},
         )
@@ -260,75 +334,9 @@ def _experiment_id(client: "mlflow.MlflowClient", uri: str, name: str) -> str:
         raise
 
 
-def fetch(model_uri: str, folder: Path, uri: str | None = None) -> Path:
-    """Brings the package `models:/NAME@ALIAS` or `models:/NAME/3` into `folder`; returns the package's folder.
-
-    A version never changes, so one that is there already is not brought again.
-    """
-    uri = uri or default_uri()
-    with _store_errors(uri):
-        client = _client(uri)
-        version = _version(client, model_uri)
-        package = folder / f"{version.name}-{version.version}-{version.creation_timestamp}"
-        if not package.is_dir():
-            source = client.get_model_version_download_uri(version.name, version.version)
-            _download(source, package, uri)
-        return package
-
-
-def _version(client: "mlflow.MlflowClient", model_uri: str) -> Any:
-    from mlflow.exceptions import MlflowException
-
-    address = re.fullmatch(r"models:/([^/@:]+)(?:@([^/@]+)|/(\d+))", model_uri)
-    if address is None:
-        raise RegistryError(
-            f"{model_uri!r} is no address of a registered package; models:/NAME@ALIAS or models:/NAME/VERSION is "
-            f"needed. {_what_exists(client)}"
-        )
-    name, alias, number = address.groups()
-    try:
-        if alias:
-            return client.get_model_version_by_alias(name, alias)
-        return client.get_model_version(name, number)
-    except MlflowException as error:
-        if not _is_refusal(error):
-            raise
-        raise RegistryError(
-            f"{model_uri} is not in the model registry; a registered package is needed. {_what_exists(client)}"
-        ) from error
-
-
-def _what_exists(client: "mlflow.MlflowClient") -> str:
-    models = client.search_registered_models()
-    if not models:
-        return "The registry is empty: train a package first."
-    return "Choose from: " + "; ".join(f"{model.name} ({_versions_and_aliases(client, model)})" for model in models)
-
-
-def _versions_and_aliases(client: "mlflow.MlflowClient", model: Any) -> str:
-    versions = sorted(int(version.version) for version in client.search_model_versions(f"name = '{model.name}'"))
-    aliases = [f"@{alias} is {version}" for alias, version in sorted(model.aliases.items())]
-    return ", ".join([f"/{version}" for version in versions] + aliases)
-
-
-def _download(source: str, package: Path, uri: str) -> None:
-    from mlflow.artifacts import download_artifacts
-
-    package.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=".fetch-", dir=package.parent)
-    try:
-        arrived = download_artifacts(artifact_uri=source, dst_path=scratch, tracking_uri=uri)
-        Path(arrived).replace(package)
-    except OSError:
-        if not package.is_dir():  # another process may have brought the same version meanwhile
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
 def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     """Runs MLflow's UI on the store until it is told to stop; returns an exit code."""
-    if uri.startswith(("http://", "https://")):
+    if _is_served(uri):
         raise TrackingError(
             f"{_without_password(uri)} is a tracking server already; a database is needed to start another. "
             "Open its address in a browser."
@@ -343,8 +351,7 @@ def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> int:
     # MLflow's chat assistant may run shell commands; without this they would run here, for whoever reaches the port
     os.environ["MLFLOW_ENABLE_ASSISTANT_SANDBOX"] = "true"
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    if database := _sqlite_file(uri):
-        os.environ.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(database.parent / "artifacts"))
+    os.environ.setdefault("MLFLOW_ARTIFACTS_DESTINATION", str(_artifacts(uri)))
     from mlflow.cli import server
 
     try:
@@ -374,8 +381,8 @@ def ui_url(host: str = "127.0.0.1", port: int = 5000, page: str = "experiments")
 
 def newest_page(uri: str) -> str:
     """The runs of the experiment last touched. MLflow's own list of experiments leads to its pages for chat models."""
-    with _store_errors(uri):
-        (newest,) = _client(uri).search_experiments(max_results=1, order_by=["last_update_time DESC"])
+    with store_errors(uri):
+        (newest,) = connect(uri).search_experiments(max_results=1, order_by=["last_update_time DESC"])
         return f"experiments/{newest.experiment_id}/runs"
 
 
@@ -408,11 +415,11 @@ def metric_key(name: str) -> str:
     return "/".join(part for part in parts if part.strip("."))[:250] or "unnamed"
 
 
-def _client(uri: str) -> "mlflow.MlflowClient":
+def connect(uri: str) -> "mlflow.MlflowClient":
     _calm_mlflow()
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-    with _deprecations_ignored():
+    with imported_quietly():
         from mlflow import MlflowClient
 
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -422,25 +429,26 @@ def _calm_mlflow() -> None:
     """Settings MLflow reads from the environment: no telemetry, no bars, and no two minutes of waiting in an epoch."""
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # stdout is for data
     os.environ.setdefault("MLFLOW_TRUNCATE_LONG_VALUES", "false")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    with _deprecations_ignored():
+    with imported_quietly():
         import mlflow  # noqa: F401
 
 
 @contextmanager
-def _deprecations_ignored() -> Iterator[None]:
-    """While MLflow starts: what it and its hundred dependencies deprecate is no concern of our user's."""
+def imported_quietly() -> Iterator[None]:
+    """While MLflow starts: what it and its hundred dependencies say to each other is no concern of our user's."""
     with warnings.catch_warnings():
-        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning):
+        for category in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, UserWarning):
             warnings.simplefilter("ignore", category)
         yield
 
 
 @contextmanager
-def _store_errors(uri: str) -> Iterator[None]:
+def store_errors(uri: str) -> Iterator[None]:
     """MLflow's errors, as ours, when there is no training to protect."""
     _calm_mlflow()
     try:
@@ -462,7 +470,7 @@ def _failures() -> tuple[type[Exception], ...]:
     return MlflowException, SQLAlchemyError, OSError
 
 
-def _is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> bool:
     """Whether the store is there and will never take this message, so that there is no sense in sending it again."""
     refusals = ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE")
     return isinstance(error, FileNotFoundError) or getattr(error, "error_code", "") in refusals
@@ -473,13 +481,19 @@ def _first_line(error: Exception) -> str:
 
 
 def _without_password(text: str) -> str:
-    return re.sub(r"//[^/@\s]+@", "//", text)
+    return re.sub(r"//[^/\s]+@", "//", text)  # to the last @: a password may hold one
+
+
+def _is_served(uri: str) -> bool:
+    """By a server, which decides where artifacts lie."""
+    return uri.startswith(("http://", "https://"))
+
+
+def _artifacts(uri: str) -> Path:
+    """Beside a sqlite file; of another database in hilum's home."""
+    database = _sqlite_file(uri)
+    return (database.parent if database else home()) / "artifacts"
 
 
 def _sqlite_file(uri: str) -> Path | None:
     return Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute() if uri.startswith("sqlite:///") else None
-
-
-def _numbered(name: str) -> Iterator[str]:
-    yield name
-    yield from (f"{name}-{number}" for number in range(2, 10_000))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,13 +18,14 @@ from preprocessing.datasets import Dataset, open_dataset, take_fingerprint
 from preprocessing.plan import Fingerprint, Label, Plan, Recipe
 from preprocessing.records import encode, nearest
 
-from . import slurm, tracking
+from . import registry, scoresheet, slurm, tracking
 from .cache import PreparedCase, cached
 from .config import Train, refuse_unknown_match
 from .errors import Interrupted, UsageError, stopped_by_signals
+from .exhibits import LARGEST, Exhibit, exhibits
 from .fitting import Training, fit
 from .folds import fold_cases, split
-from .package import Fold, ModelPackage, Package, save, weights_file
+from .package import Fold, ModelPackage, Package, card, save, weights_file
 from .planning import Wishes, planned
 from .prediction import choose_device
 from .progress import Progress, silent
@@ -62,10 +64,20 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
     with _ended_honestly(tracker):
         module = fit(job, settings, by_id, workshop, tracker, progress, began)
         held_out = [files for files in opened.cases if files.id in set(job.held_out)]
-        scores = score(opened, held_out, module.best_network, job.plan, settings.device, progress)
-        _told(scores, tracker, step=max(0, module.epoch - 1))
+        scoring = time.monotonic()
+        scores = score(opened, held_out, module.best_network, job.plan, settings.device, _alive(progress, tracker))
+        seconds_each = (time.monotonic() - scoring) / max(1, len(held_out))
         package = _pack(out, job, settings, module, scores, tracker)
-    workshop.close()
+        _tell(package, settings, tracker, scores)
+        is_registered = _register(package, tracker)
+        until = began + 60 * settings.minutes if settings.minutes else None
+        shown = exhibits(
+            opened, held_out, scores.held_out.cases, module.best_network, package, str(settings.fold), settings.device,
+            until, seconds_each,
+        )  # fmt: skip
+        _hang(shown, tracker, step=max(0, module.epoch - 1))
+    if is_registered:
+        workshop.close()
     return package
 
 
@@ -117,8 +129,10 @@ def _last_steps(package: ModelPackage, settings: Train, workshop: Workshop) -> M
     refuse_other_settings(job, settings)
     tracker = _open_tracker(job, settings, workshop)
     with _ended_honestly(tracker):
-        _register(package, tracker)
-    workshop.close()
+        _tell(package, settings, tracker)
+        is_registered = _register(package, tracker)
+    if is_registered:
+        workshop.close()
     return package
 
 
@@ -209,8 +223,10 @@ def _refuse_other_cases(prepared: dict[str, PreparedCase], job: Job, dataset: st
 
 
 def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tracker:
+    uri = settings.tracking_uri or tracking.default_uri()
+    tracking.end_the_dead(uri)
     tracker = tracking.open_run(
-        uri=settings.tracking_uri or tracking.default_uri(),
+        uri=uri,
         experiment=settings.experiment or job.plan.name,
         run_name=f"{settings.network} fold {settings.fold}",
         params={
@@ -223,6 +239,7 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
         },
         tags={"hilum": hilum_version(), "code": tracking.code_version(), "dataset": job.plan.dataset[:16]},
         run_id=job.run_id or None,
+        journal=workshop.folder / "points.jsonl",
         note=f"{settings.network} on {job.plan.name}: {', '.join(label.name for label in job.plan.labels)}.",
     )
     if not job.run_id:
@@ -231,7 +248,14 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
     for name in ("plan.yaml", "fingerprint.json"):  # every time: the run before may have been killed just before this
         tracker.text((workshop.folder / name).read_text(), name)
     tracker.text(json.dumps(job.settings, indent=2), "settings.json")
+    tracker.text(_environment(), "environment.txt")
     return tracker
+
+
+def _environment() -> str:
+    """Every distribution that is installed, as pip takes it."""
+    found = {(one.metadata["Name"] or "").lower(): one.version for one in metadata.distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name)
 
 
 @contextmanager
@@ -249,17 +273,41 @@ def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
         tracker.finish("FINISHED")
 
 
-def _told(scores: Scores, tracker: tracking.Tracker, step: int) -> None:
-    if not scores.dice:
-        return
-    figures = {f"held_out/dice_{name}": dice for name, dice in scores.dice.items()}
-    figures |= {"held_out/dice_mean": scores.mean_dice}
-    if scores.calibration:
-        figures |= {
-            "held_out/ece": scores.calibration.ece_before,
-            "held_out/ece_calibrated": scores.calibration.ece_after,
-        }
-    tracker.metrics(figures, step=step)
+def _alive(progress: Progress, tracker: tracking.Tracker) -> Progress:
+    """The same, and MLflow hears that the training lives: to score every case may take hours."""
+
+    def told(stage: str, done: float, of: float, note: str = "") -> None:
+        tracker.beat()
+        progress(stage, done, of, note)
+
+    return told
+
+
+def _tell(package: ModelPackage, settings: Train, tracker: tracking.Tracker, scores: Scores | None = None) -> None:
+    """What the held-out cases say: scores as points, every case in a table and on a page, the card."""
+    record = package.record
+    fold = record.folds[str(settings.fold)]
+    if fold.dice:
+        figures = {f"held_out/dice_{name}": dice for name, dice in fold.dice.items()}
+        figures |= {"held_out/dice_mean": float(np.mean(list(fold.dice.values())))}
+        if fold.calibration:
+            figures |= {
+                "held_out/ece": fold.calibration.ece_before,
+                "held_out/ece_calibrated": fold.calibration.ece_after,
+            }
+        tracker.metrics(figures, step=max(0, fold.epochs - 1))
+        tracker.text(scoresheet.sheet(record), "report/held_out.csv")
+        tracker.text(scoresheet.page(record, scores.reliability if scores else None), "report/held_out.html")
+    tracker.text(card(record), "card.md")
+
+
+def _hang(shown: Iterator[Exhibit], tracker: tracking.Tracker, step: int) -> None:
+    """The page of each below the run's artifacts, its picture beside the curves."""
+    for each in shown:
+        tracker.picture(f"held_out/{each.kind}", each.picture, step)
+        if len(each.page) > LARGEST:
+            logger.warning("the page of the %s held-out case is too large for MLflow to show", each.kind)
+        tracker.text(each.page, f"report/{each.kind}.html")
 
 
 def _pack(
@@ -279,7 +327,7 @@ def _pack(
         seed=settings.seed,
         run_id=tracker.run_id,
     )
-    package = save(
+    return save(
         out,
         network=module.best_network,
         name=settings.model or job.plan.name,
@@ -289,12 +337,21 @@ def _pack(
         fold_number=settings.fold,
         fold=fold,
     )
-    _register(package, tracker)
-    return package
 
 
-def _register(package: ModelPackage, tracker: tracking.Tracker) -> None:
+def _register(package: ModelPackage, tracker: tracking.Tracker) -> bool:
+    """Into the registry, and under one run with the other folds; says whether the store took it."""
+    tracker.settle()
+    record = package.record
     try:
-        tracker.register(package.folder, package.name, aliases=("latest",), note=f"package {package.id[:12]}")
+        registry.register(
+            package.folder, package.name, uri=tracker.uri, run_id=tracker.run_id, note=card(record),
+            measured=registry.Measured.of(record),
+        )  # fmt: skip
+        registry.gather(record, scoresheet.page(record), tracker.uri)
     except tracking.TrackingError as error:
-        logger.warning("%s is finished but not registered: %s", package.folder, error)
+        logger.warning(
+            "%s is finished but not registered: %s The same command with --resume registers it.", package.folder, error
+        )
+        return False
+    return True

@@ -12,8 +12,9 @@ from .codes import meaning_of
 from .plan import Label
 from .volume import ScanError
 
-# Okabe & Ito (2008): told apart by every common kind of colour vision; yellow last, it drowns on bright bone
-PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 115), (213, 94, 0), (204, 121, 167), (0, 114, 178), (240, 228, 66))
+# after Okabe & Ito (2008), green, vermilion and yellow moved a little: to simulated red- and green-blind eyes (Machado 2009)
+# two of theirs are 17 apart (CIE 1976), of these any two at least 20; yellow last, it drowns on bright bone
+PALETTE = ((230, 159, 0), (86, 180, 233), (0, 158, 105), (200, 80, 0), (204, 121, 167), (0, 114, 178), (250, 242, 80))
 
 
 class DatasetError(ScanError):

@@ -49,8 +49,11 @@ def read(path: Path, reading: Reading = STRICT, *, is_labels: bool = False) -> V
         return judged(_renamed(stored, content, ending), reading, is_labels=is_labels)
 
 
-def write(volume: Volume, path: Path, *, is_labels: bool = False) -> None:
-    """One file in the format of the path's ending: whole or not at all, and the same bytes for the same volume."""
+def write(volume: Volume, path: Path, *, is_labels: bool = False, scale: float = 1.0) -> None:
+    """One file in the format of the path's ending: whole or not at all, and the same bytes for the same volume.
+
+    `scale` is what a stored 1 stands for, in NIfTI, which can say it: a reader finds voxels times scale.
+    """
     extension = _extension(path)
     if extension not in WRITERS:
         raise ScanError(
@@ -59,7 +62,7 @@ def write(volume: Volume, path: Path, *, is_labels: bool = False) -> None:
     voxels = _writeable(volume, path, is_labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
-        WRITERS[extension](voxels, volume.geometry, Path(folder) / path.name, is_labels)
+        WRITERS[extension](voxels, volume.geometry, Path(folder) / path.name, is_labels, scale)
         # a header comes last, so that it never names voxels that are not there yet
         for made in sorted(Path(folder).iterdir(), key=lambda made: made.name == path.name):
             _flush_to_disk(made)
@@ -227,7 +230,11 @@ def _with_left_alone(volume: Volume, left_alone: dict[Path, str]) -> Volume:
 # writing
 
 
-def _write_itk(voxels: np.ndarray, geometry: Geometry, path: Path, is_labels: bool) -> None:
+def _write_itk(voxels: np.ndarray, geometry: Geometry, path: Path, is_labels: bool, scale: float) -> None:
+    if scale != 1:
+        raise ScanError(
+            f"{path.name}: stored values stand for others; this format cannot say so. Write .nii.gz instead."
+        )
     if geometry.is_sheared:
         raise ScanError(f"{path.name}: the grid is sheared; this format needs right angles. Write .nii.gz instead.")
     many = len(voxels) > 1
@@ -257,7 +264,7 @@ def _flush_to_disk(path: Path) -> None:
         os.fsync(stream.fileno())
 
 
-WRITERS: dict[str, Callable[[np.ndarray, Geometry, Path, bool], None]] = {
+WRITERS: dict[str, Callable[[np.ndarray, Geometry, Path, bool, float], None]] = {
     ".nii": nifti.write,
     ".nii.gz": nifti.write,
     ".nrrd": _write_itk,

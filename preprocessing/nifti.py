@@ -362,8 +362,8 @@ def _quaternion_doubt(header: nibabel.Nifti1Header, affine: np.ndarray, shape: t
     return 2 * float(doubt) * float(np.linalg.norm(affine[:3, :3] @ (np.array(shape[:3]) - 1)))
 
 
-def write(voxels: np.ndarray, geometry: Geometry, path: Path, is_labels: bool) -> None:
-    """Both forms where both can say it, millimetres, and the intent of labels."""
+def write(voxels: np.ndarray, geometry: Geometry, path: Path, is_labels: bool, scale: float) -> None:
+    """Both forms where both can say it, millimetres, the intent of labels, and what a stored 1 stands for."""
     image = nibabel.Nifti1Image(
         voxels[0] if len(voxels) == 1 else np.moveaxis(voxels, 0, -1), geometry.affine, dtype=voxels.dtype
     )
@@ -372,6 +372,8 @@ def write(voxels: np.ndarray, geometry: Geometry, path: Path, is_labels: bool) -
     _set_qform_if_faithful(image)
     if is_labels:
         image.header.set_intent(NIFTI_LABEL, allow_unknown=True)
+    if scale != 1:
+        image.header.set_slope_inter(scale, 0)
     if not path.name.lower().endswith(".gz"):
         path.write_bytes(image.to_bytes())
         return

@@ -20,6 +20,7 @@ import yaml
 from networks import residual_unet
 from pipeline import package
 from pipeline.batch import segment
+from pipeline.outputs import _viewer
 from preprocessing import files
 from preprocessing.phantoms import phantom
 from preprocessing.plan import Label, Plan
@@ -342,6 +343,12 @@ def test_the_image_has_no_compiler_no_pip_and_only_versions_of_the_lock(image: E
 
 def _normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@of_the_image
+def test_the_image_has_the_viewer_if_this_checkout_could_fetch_it(image: Engine) -> None:
+    why = image.inside("python3 -c 'from pipeline.outputs import _viewer; print(_viewer.missing())'")
+    assert bool(why) == bool(_viewer.missing()), why
 
 
 @of_the_image

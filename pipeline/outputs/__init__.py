@@ -11,7 +11,7 @@ from types import ModuleType
 from preprocessing.records import nearest
 from preprocessing.volume import Volume
 
-DICOM_RESULTS = {"dicom_seg", "rtstruct"}
+DICOM_RESULTS = {"dicom_seg", "parametric_map", "rtstruct", "secondary_capture"}
 """Outputs that belong to a patient and a study, which only a DICOM scan has."""
 
 

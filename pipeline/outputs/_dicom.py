@@ -19,6 +19,7 @@ from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
+from preprocessing.codes import Code
 from preprocessing.dicom.headers import read_header
 from preprocessing.volume import LPS_TO_RAS, Geometry, ScanError, Volume
 
@@ -47,6 +48,9 @@ NEEDED = (
     *("ReferringPhysicianName", "StudyID", "AccessionNumber"),
 )
 """Type 2 of the patient and study modules (PS3.3 C.7.1.1, C.7.2.1): must be there, may be empty."""
+
+SEGMENTATION = Code(value="113076", scheme="DCM", meaning="Segmentation")
+SOURCE_IMAGE = Code(value="121322", scheme="DCM", meaning="Source image for image processing operation")
 
 LOSS = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
@@ -241,13 +245,20 @@ def reference(instance: Instance) -> Dataset:
 
 
 def write_object(
-    data: Dataset, path: Path, now: datetime.datetime, origin: Origin, syntax: UID = ExplicitVRLittleEndian
+    data: Dataset,
+    path: Path,
+    now: datetime.datetime,
+    origin: Origin,
+    syntax: UID = ExplicitVRLittleEndian,
+    *,
+    lies_in_patient: bool = True,
 ) -> None:
-    """Written in one piece, in UTF-8 where ASCII is not enough."""
+    """Written in one piece, in UTF-8 where ASCII is not enough. What has a place in the patient shares the source's frame."""
     for element in origin.patient:
         data[element.tag] = element
-    data.FrameOfReferenceUID = origin.frame_of_reference
-    data.PositionReferenceIndicator = origin.position_reference or None
+    if lies_in_patient:
+        data.FrameOfReferenceUID = origin.frame_of_reference
+        data.PositionReferenceIndicator = origin.position_reference or None
     data.Manufacturer = MANUFACTURER
     data.SoftwareVersions = one_line(hilum_version())
     data.InstanceCreationDate, data.InstanceCreationTime = date_and_time(now)
@@ -305,3 +316,102 @@ def refuse_odd_planes(geometry: Geometry) -> None:
             " Resample the scan to a straight grid.",
             "tilted",
         )
+
+
+# objects of many frames on the planes of a scan
+
+
+def measures(geometry: Geometry) -> Sequence[Dataset]:
+    """Sizes along the planes' own axes; between them the distance along their normal, as viewers take it."""
+    import highdicom  # not at the top: it takes a second
+
+    between_columns, between_rows, _ = geometry.spacing
+    row, column, step = geometry.direction[:, 0], geometry.direction[:, 1], geometry.affine[:3, 2]
+    between_planes = abs(float(np.cross(row, column) @ step))
+    return highdicom.PixelMeasuresSequence(
+        pixel_spacing=(round(between_rows, 9), round(between_columns, 9)),
+        slice_thickness=round(between_planes, 9),
+        spacing_between_slices=round(between_planes, 9),
+    )
+
+
+def positions(geometry: Geometry, shown: Sequence[int]) -> Sequence[Sequence[Dataset]]:
+    """Where these slices lie."""
+    import highdicom
+
+    return [highdicom.PlanePositionSequence("PATIENT", position_of(geometry, k)) for k in shown]
+
+
+def stand_in(geometry: Geometry, origin: Origin) -> Dataset:
+    """A source that highdicom takes whatever the real headers are like; what they say is put in its place afterwards."""
+    image = Dataset()
+    for name in NEEDED:
+        setattr(image, name, None)
+    image.StudyInstanceUID, image.SeriesInstanceUID = origin.study, origin.series
+    image.SOPClassUID, image.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", origin.instances[0].uid
+    image.Modality, image.FrameOfReferenceUID = origin.modality, origin.frame_of_reference
+    image.Columns, image.Rows = geometry.shape[:2]
+    sizes = measures(geometry)[0]
+    image.PixelSpacing, image.SliceThickness = sizes.PixelSpacing, sizes.SliceThickness
+    image.ImagePositionPatient = [f"{x:.6g}" for x in position_of(geometry, 0)]
+    image.ImageOrientationPatient = [f"{x:.6g}" for x in orientation_of(geometry)]
+    return image
+
+
+def tie_to_source(data: Dataset, geometry: Geometry, shown: Sequence[int], origin: Origin, derivation: Code) -> None:
+    """Every frame to the frame it was made of; highdicom would guess it from positions, and only from one file."""
+    data.ReferencedSeriesSequence = [referenced_series(origin)]
+    data.SourceImageSequence = [reference(instance) for instance in origin.instances]
+    if origin.frames:  # then every frame names its own, and one list for all says nothing more
+        del data.SourceImageSequence
+    data.ContentCreatorName = None
+    for element in origin.loss:
+        data[element.tag] = element
+    derived = [_derived(frame, derivation) for frame in origin.frames]
+    slices = {_key(position_of(geometry, k)): k for k in shown}
+    for item in data.PerFrameFunctionalGroupsSequence:
+        k = slices[_key(item.PlanePositionSequence[0].ImagePositionPatient)]
+        item.DerivationImageSequence = [derived[k]] if derived else []
+
+
+def referenced_series(origin: Origin) -> Dataset:
+    """The series a result was made of, object by object."""
+    series = Dataset()
+    series.SeriesInstanceUID = origin.series
+    series.ReferencedInstanceSequence = [reference(instance) for instance in origin.instances]
+    return series
+
+
+def name_dimensions(data: Dataset, organization: str) -> None:
+    """By a UID that does not change from run to run."""
+    for item in (*data.DimensionOrganizationSequence, *data.DimensionIndexSequence):
+        item.DimensionOrganizationUID = organization
+
+
+def concept(code: Code) -> Dataset:
+    """A code as DICOM objects hold it."""
+    from highdicom.sr import CodedConcept
+
+    return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=code.meaning)
+
+
+def _key(position: object) -> tuple[float, ...]:
+    return tuple(round(float(x), 5) for x in np.asarray(position, dtype=float))
+
+
+def source(instance: Instance) -> Dataset:
+    """An item that names what a result was made of."""
+    item = reference(instance)
+    item.PurposeOfReferenceCodeSequence = [concept(SOURCE_IMAGE)]
+    return item
+
+
+def _derived(frame: Frame, derivation: Code) -> Dataset:
+    named = source(frame.instance)
+    if frame.number is not None:
+        named.ReferencedFrameNumber = frame.number
+    named.SpatialLocationsPreserved = "YES"
+    item = Dataset()
+    item.SourceImageSequence = [named]
+    item.DerivationCodeSequence = [concept(derivation)]
+    return item

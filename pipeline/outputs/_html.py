@@ -1,7 +1,8 @@
-"""HTML that needs nothing but itself: no server, no network, no script that was not written here."""
+"""HTML that needs nothing but itself: no server, no network, no script but those whose hashes it names."""
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -38,22 +39,38 @@ footer { margin-top: 32px; padding-top: 12px; border-top: 1px solid var(--line);
 """
 
 
-def document(title: str, body: str, *, style: str = "", script: str = "", pictures: str = "data:") -> str:
-    """A whole page. `body` is HTML already; `pictures` says where images may come from."""
+def document(
+    title: str,
+    body: str,
+    *,
+    style: str = "",
+    script: str = "",
+    pictures: str = "data:",
+    data: str = "",
+    trusted: Sequence[str] = (),
+) -> str:
+    """A whole page. `body` is HTML already; `pictures` says where images may come from; `data` are blocks of `as_data`,
+    and `trusted` scripts that `script` may take out of them."""
     style = STYLE + style
     policy = (
-        f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; script-src {_hash(script)}; "
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
+        f"script-src {' '.join(map(_hash, (script, *trusted)))}; base-uri 'none'; form-action 'none'"
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="referrer" content="no-referrer">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
+        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n{data}"
         + (f"<script>{script}</script>\n" if script else "")
         + "</body>\n</html>\n"
     )
+
+
+def as_data(name: str, content: str, kind: str = "text/plain") -> str:
+    """A block that a script reads and that never runs. In JSON alone, where a < can occur, it is written otherwise."""
+    inert = content.replace("<", "\\u003c")
+    return f'<script type="{kind}" id="{name}">{inert}</script>\n'
 
 
 def _hash(content: str) -> str:

@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Integer, UInt8
 from pydicom.dataset import Dataset
 
-from preprocessing.codes import Code
 from preprocessing.plan import Label
 from preprocessing.regions import carrying, names_in_map, values_of
 
@@ -67,9 +66,8 @@ def _segmentation(
     overlapping = kind == "BINARY" and any(len(own) > 1 for own in values.values())
     names = names_in_map(result.label_table) if kind == "LABELMAP" else {}
     segments = [values[label.name] for label in found or sought]
-    positions = [_dicom.position_of(result.scan.geometry, k) for k in shown]
     segmentation = highdicom.seg.Segmentation(
-        source_images=[_stand_in(result, origin)],
+        source_images=[_dicom.stand_in(result.scan.geometry, origin)],
         pixel_array=_side_by_side(planes, segments) if overlapping else _renumbered(planes, numbers),
         segmentation_type=kind,
         segment_descriptions=[
@@ -89,14 +87,12 @@ def _segmentation(
         series_description=_dicom.one_line(f"{result.package_name} segmentation"),
         content_date=now.date(),
         content_time=now.time().replace(microsecond=0),
-        pixel_measures=_measures(result),
+        pixel_measures=_dicom.measures(result.scan.geometry),
         plane_orientation=highdicom.PlaneOrientationSequence("PATIENT", _dicom.orientation_of(result.scan.geometry)),
-        plane_positions=[highdicom.PlanePositionSequence("PATIENT", position) for position in positions],
+        plane_positions=_dicom.positions(result.scan.geometry, shown),
     )
-    _tie_to_source(segmentation, dict(zip(map(_key, positions), shown, strict=True)), origin)
-    organization = _dicom.uid("dimensions", print_, kind)
-    for item in (*segmentation.DimensionOrganizationSequence, *segmentation.DimensionIndexSequence):
-        item.DimensionOrganizationUID = organization
+    _dicom.tie_to_source(segmentation, result.scan.geometry, shown, origin, _dicom.SEGMENTATION)
+    _dicom.name_dimensions(segmentation, _dicom.uid("dimensions", print_, kind))
     return segmentation
 
 
@@ -123,8 +119,8 @@ def _described(label: Label, number: int, name: str, result: Result) -> Dataset:
     described = highdicom.seg.SegmentDescription(
         segment_number=number,
         segment_label=_dicom.one_line(name),
-        segmented_property_category=_concept(meaning.category),
-        segmented_property_type=_concept(meaning.type),
+        segmented_property_category=_dicom.concept(meaning.category),
+        segmented_property_type=_dicom.concept(meaning.type),
         algorithm_type="AUTOMATIC",
         algorithm_identification=highdicom.AlgorithmIdentificationSequence(
             name=_dicom.one_line(result.package_name),
@@ -135,82 +131,6 @@ def _described(label: Label, number: int, name: str, result: Result) -> Dataset:
     )
     if meaning.modifiers:
         described.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [
-            _concept(modifier) for modifier in meaning.modifiers
+            _dicom.concept(modifier) for modifier in meaning.modifiers
         ]
     return described
-
-
-def _concept(code: Code) -> Dataset:
-    from highdicom.sr import CodedConcept
-
-    return CodedConcept(value=code.value, scheme_designator=code.scheme, meaning=code.meaning)
-
-
-def _measures(result: Result) -> Sequence[Dataset]:
-    """Sizes along the planes' own axes; between them the distance along their normal, as viewers take it."""
-    import highdicom
-
-    geometry = result.scan.geometry
-    between_columns, between_rows, _ = geometry.spacing
-    row, column, step = geometry.direction[:, 0], geometry.direction[:, 1], geometry.affine[:3, 2]
-    between_planes = abs(float(np.cross(row, column) @ step))
-    return highdicom.PixelMeasuresSequence(
-        pixel_spacing=(round(between_rows, 9), round(between_columns, 9)),
-        slice_thickness=round(between_planes, 9),
-        spacing_between_slices=round(between_planes, 9),
-    )
-
-
-def _stand_in(result: Result, origin: _dicom.Origin) -> Dataset:
-    """A source that highdicom takes whatever the real headers are like; what they say is put in its place afterwards."""
-    stand_in = Dataset()
-    for name in _dicom.NEEDED:
-        setattr(stand_in, name, None)
-    stand_in.StudyInstanceUID, stand_in.SeriesInstanceUID = origin.study, origin.series
-    stand_in.SOPClassUID, stand_in.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.2", origin.instances[0].uid
-    stand_in.Modality, stand_in.FrameOfReferenceUID = origin.modality, origin.frame_of_reference
-    stand_in.Columns, stand_in.Rows = result.scan.geometry.shape[:2]
-    measures = _measures(result)[0]
-    stand_in.PixelSpacing, stand_in.SliceThickness = measures.PixelSpacing, measures.SliceThickness
-    stand_in.ImagePositionPatient = [f"{x:.6g}" for x in _dicom.position_of(result.scan.geometry, 0)]
-    stand_in.ImageOrientationPatient = [f"{x:.6g}" for x in _dicom.orientation_of(result.scan.geometry)]
-    return stand_in
-
-
-Key = tuple[float, ...]
-
-
-def _key(position: object) -> Key:
-    return tuple(round(float(x), 5) for x in np.asarray(position, dtype=float))
-
-
-def _tie_to_source(segmentation: Dataset, slices: dict[Key, int], origin: _dicom.Origin) -> None:
-    """Every frame to the frame it was found on; highdicom would guess it from positions, and only from one file."""
-    series = Dataset()
-    series.SeriesInstanceUID = origin.series
-    series.ReferencedInstanceSequence = [_dicom.reference(instance) for instance in origin.instances]
-    segmentation.ReferencedSeriesSequence = [series]
-    segmentation.SourceImageSequence = [_dicom.reference(instance) for instance in origin.instances]
-    if origin.frames:  # then every frame names its own, and one list for all says nothing more
-        del segmentation.SourceImageSequence
-    segmentation.ContentCreatorName = None
-    for element in origin.loss:
-        segmentation[element.tag] = element
-    derived = [_derivation(frame) for frame in origin.frames]
-    for item in segmentation.PerFrameFunctionalGroupsSequence:
-        k = slices[_key(item.PlanePositionSequence[0].ImagePositionPatient)]
-        item.DerivationImageSequence = [derived[k]] if derived else []
-
-
-def _derivation(frame: _dicom.Frame) -> Dataset:
-    source = _dicom.reference(frame.instance)
-    if frame.number is not None:
-        source.ReferencedFrameNumber = frame.number
-    source.SpatialLocationsPreserved = "YES"
-    source.PurposeOfReferenceCodeSequence = [
-        _concept(Code(value="121322", scheme="DCM", meaning="Source image for image processing operation"))
-    ]
-    item = Dataset()
-    item.SourceImageSequence = [source]
-    item.DerivationCodeSequence = [_concept(Code(value="113076", scheme="DCM", meaning="Segmentation"))]
-    return item

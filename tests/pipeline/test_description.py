@@ -1,5 +1,7 @@
 """`show` says in words what a file of ours holds, and refuses what it does not know."""
 
+import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +9,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.batch import segment
+from pipeline.cli import main
 from pipeline.config import Segment
-from pipeline.description import show
+from pipeline.description import address_of, show
 from pipeline.errors import DamagedPackage, UsageError
+from pipeline.outputs import page
+from pipeline.report import Report
 from preprocessing import dicom
 from preprocessing.plan import Plan
 from preprocessing.volume import UnreadableScan, Volume
@@ -71,6 +76,40 @@ def test_a_report_is_told_by_folder_or_file(tiny: Path, scan_file: Callable[...,
     assert words == show(tmp_path / "out" / "a" / "report.json")
     for part in ("a: done, by tiny", "liver", "lesion", " ml", "14×18×11 voxels", "files   labels.nii.gz"):
         assert part in words
+
+
+def test_a_case_is_told_with_its_confidence_its_parts_and_its_page(
+    tiny: Path, scan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    outputs = ("labels", "measurements", "page")
+    segment([scan_file(tmp_path / "a.nii.gz")], tiny, tmp_path / "out", Segment(outputs=outputs))
+    case = tmp_path / "out" / "a"
+    words, report = show(case), Report.read(case)
+    assert f"page    {(case / 'page.html').as_uri()}" in words and address_of(case) in words
+    assert report.confidence
+    for name, confidence in report.confidence.items():
+        assert re.search(rf"{name} .* ml   confidence {confidence:.2f}\n", words)
+    labels = json.loads((case / "measurements.json").read_text())["labels"]
+    several = {name: label for name, label in labels.items() if label["components"] > 1}
+    for label in several.values():
+        assert f"{page.place(label['parts'][1]['centroid_mm'])}\n" in words
+    assert several
+    (case / "page.html").unlink()
+    assert address_of(case) == "" and "page   " not in show(case)
+
+
+def test_open_shows_the_page_of_a_case_and_says_where_there_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], make_plan: Callable[..., Plan]
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: bool(opened.append(address)))
+    make_plan().write(tmp_path / "plan.yaml")
+    assert main(["show", str(tmp_path / "plan.yaml"), "--open"]) == 2
+    assert "has no page to open" in capsys.readouterr().err and not opened
+    (tmp_path / "page.html").write_text("")
+    assert main(["show", str(tmp_path / "plan.yaml"), "--open"]) == 0
+    assert opened == [(tmp_path / "page.html").as_uri()]
+    assert f"no browser was found here; open {opened[0]}" in capsys.readouterr().err
 
 
 def test_what_is_none_of_them_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,13 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
 
 
-def report(case_id: str, volumes_ml: dict[str, float], warnings: tuple[str, ...] = ()) -> Report:
+def report(
+    case_id: str,
+    volumes_ml: dict[str, float],
+    warnings: tuple[str, ...] = (),
+    confidence: dict[str, float] | None = None,
+    explanations: dict[str, str] | None = None,
+) -> Report:
     return Report(
         case_id=case_id,
         package_id="ab" * 32,
@@ -34,16 +40,26 @@ def report(case_id: str, volumes_ml: dict[str, float], warnings: tuple[str, ...]
         seconds={},
         files=("labels.nii.gz", "overlay.png", "page.html"),
         outputs=("labels", "overlay", "page"),
+        confidence=confidence or {},
+        explanations=explanations or {},
     )
+
+
+FIRST = report(
+    "first",
+    {"liver": 1180.42, "lesion": 0.05},
+    confidence={"liver": 0.98, "lesion": 0.412},
+    explanations={"liver": "passed", "lesion-1": "failed: no better than chance"},
+)
 
 
 def rows() -> list[Row]:
     return [
-        Row(case_id="first", status="done", report=report("first", {"liver": 1180.42, "lesion": 0.05}), seconds=3.25),
+        Row(case_id="first", status="done", report=FIRST, seconds=3.25),
         Row(
             case_id="second case #2",
             status="skipped as complete",
-            report=report("second case #2", {"liver": 90.0, "lesion": 12.0}, ("look, again", "twice")),
+            report=report("second case #2", {"liver": 90.0, "lesion": 12.0}, ("look, again", "twice"), {"liver": 0.93}),
         ),
         Row(
             case_id="third",
@@ -65,15 +81,34 @@ def test_the_table_has_one_row_per_case_and_columns_that_do_not_move(tmp_path: P
     content = (tmp_path / "summary.csv").read_text(encoding="utf-8")
     header, *lines = csv.reader(io.StringIO(content))
     assert header == [
-        "case", "status", "verdict", "reason", "liver ml", "lesion ml", "warnings", "repairs", "seconds", "message",
+        "case", "status", "verdict", "reason", "liver ml", "lesion ml", "confidence", "least sure of", "warnings",
+        "failed maps", "repairs", "seconds", "message",
     ]  # fmt: skip
-    assert lines[0] == ["first", "done", "fine", "", "1180.4200", "0.0500", "", "", "3.25", ""]
-    assert lines[1][6] == "look, again | twice"
+    failed = "map of lesion-1 failed: no better than chance"
+    assert lines[0] == [
+        "first",
+        "done",
+        "fine",
+        "",
+        "1180.4200",
+        "0.0500",
+        "0.4120",
+        "lesion",
+        "",
+        failed,
+        "",
+        "3.25",
+        "",
+    ]
+    assert lines[1][6:9] == ["0.9300", "liver", "look, again | twice"]
     assert lines[2] == [
         "third",
         "failed",
         "refused",
         "damaged",
+        "",
+        "",
+        "",
         "",
         "",
         "",
@@ -127,6 +162,9 @@ def test_the_page_has_failures_first_and_points_at_pictures_beside_it(tmp_path: 
     assert content.index("third.nii ends early.") < content.index(">first<") < content.index("second case #2")
     pictures = [attributes["src"] for tag, attributes in markup.tags if tag == "img"]
     assert pictures == ["first/overlay.png", "second%20case%20%232/overlay.png"]
+    pages = [attributes["href"] for tag, attributes in markup.tags if tag == "a" and "page.html" in str(attributes)]
+    assert pages == ["first/page.html", "second%20case%20%232/page.html"]
+    assert "map of lesion-1 failed: no better than chance" in markup.words and "0.41" in markup.words
     for words in ("3 cases, demo", "1180", "0.0500", "notes.txt", "no scan", "look, again", "not for diagnosis"):
         assert words in markup.words
     assert "http://" not in content and "https://" not in content and "unsafe" not in content
@@ -173,6 +211,11 @@ def test_a_heading_sorts_and_pictures_show_in_a_browser(tmp_path: Path) -> None:
         page.get_by_role("button", name="liver ml").click()
         assert cases() == ["second case #2", "first", "third"]
         page.get_by_role("button", name="liver ml").click()
+        assert cases() == ["first", "second case #2", "third"]
+        page.get_by_role("button", name="confidence").click()
+        page.get_by_role("button", name="confidence").click()
+        assert cases() == ["second case #2", "first", "third"]
+        page.get_by_role("button", name="confidence").click()
         assert cases() == ["first", "second case #2", "third"]
         page.get_by_role("button", name="case", exact=True).click()
         assert cases() == ["first", "second case #2", "third"]

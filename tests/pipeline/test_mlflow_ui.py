@@ -5,14 +5,8 @@ import io
 import math
 import os
 import shutil
-import signal
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +16,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.outputs import page
+from pipeline.registry import register
+from pipeline.report import Result
 from pipeline.tracking import Tracker, newest_page, open_run, ui_url
+from preprocessing.volume import Volume
+from tests.pipeline.conftest import LABELS as TABLE
+from tests.pipeline.servers import free_port, serving, stop
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
-REPOSITORY = Path(__file__).parents[2]
 PATIENCE_MS = 60_000
+FLAGS = [
+    "--no-sandbox", "--disable-background-networking",
+    "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader",  # WebGL 2 without a graphics card
+]  # fmt: skip
 
 pytestmark = [
     pytest.mark.browser,
@@ -43,6 +46,8 @@ class Served:
     pid: int
     port: int
     run: Tracker
+    asked: Path
+    """Every address that its processes connected to."""
 
 
 @dataclass(kw_only=True)
@@ -71,19 +76,35 @@ class Visit:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory, make_scan: Callable[..., Volume]) -> Iterator[Served]:
     store = tmp_path_factory.mktemp("a store")
     uri = f"sqlite:///{store}/mlflow.db"
-    run = a_training(uri, store)
+    run = a_training(uri, store, a_case_page(make_scan(3), store))
     port = free_port()
-    code = f"import sys; from pipeline.tracking import serve; sys.exit(serve({uri!r}, port={port}))"
+    (store / "watch").mkdir()
+    (store / "watch" / "sitecustomize.py").write_text(WATCH)
+    environment = {"PYTHONPATH": str(store / "watch"), "WATCHED": str(store / "asked.txt")}
     with (store / "server.log").open("w") as log:
-        server = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=log, stderr=log)
+        server = serving(uri, port, log=log, environment=environment)
     try:
-        wait_until_healthy(port, server, store / "server.log")
-        yield Served(pid=server.pid, port=port, run=run)
+        yield Served(pid=server.pid, port=port, run=run, asked=store / "asked.txt")
     finally:
         stop(server)
+
+
+WATCH = """
+import os, sys
+
+def heard(event, words):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        with open(os.environ["WATCHED"], "a") as asked:
+            asked.write(f"{event} {words[1] if event != 'socket.getaddrinfo' else words[0]}\\n")
+
+sys.addaudithook(heard)
+with open(os.environ["WATCHED"], "a") as asked:
+    asked.write("watched\\n")
+"""
+"""Python runs this in every process of the server: each address that any of them asks for is written down."""
 
 
 @pytest.fixture
@@ -91,9 +112,7 @@ def visit() -> Iterator[Visit]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, headless=True, args=["--no-sandbox", "--disable-background-networking"]
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
         page = browser.new_page(viewport={"width": 1500, "height": 1800})
         visit = Visit(page=page)
         page.on("request", lambda request: visit.asked.append(request.url))
@@ -103,7 +122,7 @@ def visit() -> Iterator[Visit]:
         browser.close()
 
 
-def a_training(uri: str, folder: Path) -> Tracker:
+def a_training(uri: str, folder: Path, case_page: str) -> Tracker:
     run = open_run(
         uri=uri,
         experiment="phantoms",
@@ -118,14 +137,27 @@ def a_training(uri: str, folder: Path) -> Tracker:
         run.metrics({f"val/dice_{label}": 0.9 - math.exp(-epoch / 4 - i) for i, label in enumerate(LABELS)}, step=epoch)
         if epoch % 5 == 0:
             run.picture("validation/case 1", a_picture(epoch), step=epoch)
+    run.text(case_page, "report/worst.html")
     run.text("patch: [64, 64, 32]\nspacing_mm: [1, 1, 2]\n", "plan.yaml")
     package = folder / "package"
     package.mkdir()
     (package / "package.json").write_text('{"network": "residual_unet"}\n')
     (package / "card.md").write_text("# phantoms\n")
-    run.register(package, "phantoms-residual_unet", ("champion",), note="Mean Dice 0.87 on fold 0 of phantoms.")
+    register(
+        package, "phantoms-residual_unet", uri=run.uri, run_id=run.run_id, aliases=("champion",),
+        note="Mean Dice 0.87 on fold 0 of phantoms.",
+    )  # fmt: skip
     run.finish("FINISHED")
     return run
+
+
+def a_case_page(scan: Volume, folder: Path) -> str:
+    """The very page that `segment` writes of a case."""
+    labels = scan.with_voxels((scan.voxels > 200).astype(np.uint8), channels=("labels",))
+    told = {"package_id": "ab" * 32, "package_name": "tiny", "warnings": ("the worst of three",)}
+    result = Result(case_id="3fa2c1d4e5b6", scan=scan, labels=labels, label_table=TABLE, **told)
+    (written,) = page.write(result, folder, page.Config())
+    return written.read_text()
 
 
 EPOCHS = 20
@@ -142,33 +174,6 @@ def a_picture(epoch: int) -> np.ndarray:
 
 
 ORANGE = (230, 159, 0)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_healthy(port: int, server: subprocess.Popen, log: Path) -> None:
-    for _ in range(900):
-        assert server.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2) as answer:
-                assert answer.status == 200
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    pytest.fail(log.read_text())
-
-
-def stop(server: subprocess.Popen) -> None:
-    server.send_signal(signal.SIGTERM)
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
 
 
 def test_the_experiment_leads_to_the_run(served: Served, visit: Visit) -> None:
@@ -227,6 +232,40 @@ def test_the_package_is_in_the_registry_with_its_alias(served: Served, visit: Vi
     visit.see("spacing_mm")
     visit.keep("artifacts")
     assert visit.strangers() == set()
+
+
+def test_the_page_of_a_case_opens_inside_the_artifacts_tab(served: Served, visit: Visit) -> None:
+    where = served.run.page.replace("model-metrics", "artifacts/report/worst.html")
+    visit.go(ui_url(port=served.port, page=where))
+    frame = visit.page.frame_locator("iframe")
+    frame.get_by_role("heading", name="3fa2c1d4e5b6").wait_for(timeout=PATIENCE_MS)
+    frame.locator("body[data-viewer=ready]").wait_for(state="attached", timeout=PATIENCE_MS)
+    assert frame.get_by_text("the worst of three").first.is_visible()
+    visit.keep("case")
+    assert visit.strangers() == set()
+
+
+def test_the_server_asks_for_nothing_beyond_this_machine_and_sends_nobody_word(served: Served) -> None:
+    told = served.asked.read_text().splitlines()
+    assert told.count("watched") >= 2, "both processes are watched"
+    near = ("127.0.0.1", "localhost", "::1", "0.0.0.0", "/", "None")
+    assert [line for line in told if line != "watched" and not any(place in line for place in near)] == []
+    for pid in family(served.pid)[1:]:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert b"MLFLOW_DISABLE_TELEMETRY=true" in environment
+
+
+def test_the_server_takes_less_than_600_megabytes(served: Served) -> None:
+    held = [Path(f"/proc/{pid}/status").read_text().splitlines() for pid in family(served.pid)]
+    kilobytes = [int(line.split()[1]) for status in held for line in status if line.startswith("VmRSS")]
+    assert len(kilobytes) == 2 and sum(kilobytes) < 600 * 1000
+
+
+def family(pid: int) -> list[int]:
+    """A process and its children."""
+    listed = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    pairs = [line.split() for line in listed.splitlines()[1:]]
+    return [pid, *(int(child) for child, parent in pairs if parent == str(pid))]
 
 
 def test_the_server_is_two_processes_and_hides_the_store_from_the_list_of_processes(served: Served) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-from pipeline.report import Report, Result, UnreadableReport, as_json, millilitres, write_whole
+from pipeline.report import Explanation, Report, Result, UnreadableReport, as_json, millilitres, named, write_whole
 from preprocessing.phantoms import body, scan
 from preprocessing.plan import Label
 from preprocessing.volume import Geometry, GeometryMismatch, Provenance, Volume
@@ -138,3 +138,22 @@ def test_a_file_name_that_is_no_unicode_can_be_written_and_read(tmp_path: Path) 
 )
 def test_millilitres_are_written_with_the_digits_that_count(ml: float, words: str) -> None:
     assert millilitres(ml) == words
+
+
+MAP = Explanation(
+    label="lesion", part=None, method="hirescam", layer="down.2", codes=np.zeros((2, 2, 2), np.int8), scale=0.0,
+    unit="logits per ml", score=None,
+)  # fmt: skip
+
+
+def test_two_maps_of_one_name_are_told_apart() -> None:
+    maps = [replace(MAP, label=label) for label in ("a b", "a/b", "c")]
+    assert [name for name, _ in named(maps)] == ["a_b-hirescam", "a_b-hirescam~2", "c-hirescam"]
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [({"blank": "nothing was found"}, "blank: nothing was found"), ({}, "not tested")],
+)
+def test_a_map_says_where_it_stands(what: dict[str, str], said: str) -> None:
+    assert replace(MAP, **what).standing == said

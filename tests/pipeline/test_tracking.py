@@ -7,25 +7,31 @@ import sqlite3
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline import heartbeat
+from pipeline.registry import fetch, register
 from pipeline.report import hilum_version
 from pipeline.tracking import (
-    RegistryError,
+    BEAT,
+    ENDED,
+    OWNER,
     Tracker,
     TrackingError,
     code_version,
     default_uri,
-    fetch,
+    end_the_dead,
     home,
     metric_key,
     open_run,
     serve,
     ui_url,
 )
+from tests.pipeline.servers import free_port, serving, stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -36,8 +42,9 @@ def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"sqlite:///{tmp_path_factory.mktemp('a store')}/st#re/mlflow.db"
 
 
-def start(uri: str, run_id: str | None = None, **params: str | int | float) -> Tracker:
-    return open_run(uri=uri, experiment="tests", run_name="a run", params=params, tags={}, run_id=run_id)
+def start(uri: str, run_id: str | None = None, journal: Path | None = None, **params: str | int | float) -> Tracker:
+    told = {"experiment": "tests", "run_name": "a run", "params": params, "tags": {}}
+    return open_run(uri=uri, **told, run_id=run_id, journal=journal)
 
 
 def curve(run: Tracker, key: str) -> list[tuple[int, float]]:
@@ -172,6 +179,125 @@ time.sleep(600)
     assert curve(run, "train/loss") == [(step, float(step)) for step in range(8)]
 
 
+def tags(run: Tracker) -> dict[str, str]:
+    return run._client.get_run(run.run_id).data.tags
+
+
+def test_a_run_whose_process_was_killed_is_marked_killed_and_no_other(uri: str) -> None:
+    alive, elsewhere, silent, done = (start(uri) for _ in range(4))
+    done.finish("FINISHED")
+    for run, hours in ((elsewhere, 1), (silent, 7)):
+        run.tag(OWNER, "another-machine 0000/1 1 1")
+        run.tag(BEAT, (heartbeat.now() - timedelta(hours=hours)).isoformat())
+    code = f"""
+import os, signal
+from pipeline.tracking import open_run
+run = open_run(uri={uri!r}, experiment="tests", run_name="killed", params={{}}, tags={{}})
+print(run.run_id, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    words = [sys.executable, "-c", code]
+    killed = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, check=False).stdout.strip()
+    assert set(end_the_dead(uri)) == {killed, silent.run_id}
+    assert [status(run) for run in (alive, elsewhere, done)] == ["RUNNING", "RUNNING", "FINISHED"]
+    told = alive._client.get_run(killed)
+    assert told.info.status == "KILLED" and told.info.end_time >= told.info.start_time
+    assert "--resume" in told.data.tags[ENDED]
+    assert end_the_dead(uri) == []
+
+    again = start(uri, run_id=killed)
+    assert status(again) == "RUNNING" and ENDED not in tags(again)
+    assert heartbeat.Owner.read(tags(again)[OWNER]) == heartbeat.Owner.here()
+    for run in (alive, elsewhere, again):
+        run.finish("FINISHED")
+
+
+def test_a_training_that_was_taken_for_dead_says_that_it_lives(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(uri)
+    first = tags(run)[BEAT]
+    run.beat()
+    assert tags(run)[BEAT] == first, "not every step is worth a call"
+    run._client.set_terminated(run.run_id, "KILLED")
+    monkeypatch.setattr(run, "_next_beat", 0.0)
+    time.sleep(1)
+    run.flush()
+    assert status(run) == "RUNNING" and tags(run)[BEAT] > first
+    run.finish("FINISHED")
+
+
+def test_points_of_a_training_killed_while_the_store_was_away_are_told_when_it_goes_on(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = tmp_path / "points.jsonl"
+    first = start(uri, journal=journal)
+    first.metrics({"train/loss": 0.0}, 0)
+    assert first.flush()
+
+    def away(*_: object, **__: object) -> None:
+        raise ConnectionRefusedError("nobody there")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(first._client, "log_batch", away)
+        for step in (1, 2):
+            first.metrics({"train/loss": float(step), "val/dice": 0.5}, step)
+            assert not first.flush()
+    with journal.open("a") as cut:
+        cut.write('[17, 3, {"train/lo')  # killed in the middle of a line
+
+    again = start(uri, run_id=first.run_id, journal=journal)
+    for step in (2, 3):  # the second step was not kept, and is done again
+        again.metrics({"train/loss": -1.0 if step == 2 else 3.0}, step)
+    again.finish("FINISHED")
+    assert curve(again, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0), (3, 3.0)]
+    assert curve(again, "val/dice") == [(1, 0.5), (2, 0.5)]
+
+
+def test_a_full_disk_does_not_stop_the_training(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    run = start(uri, journal=Path("/dev/full"))
+    with caplog.at_level(logging.WARNING, logger="pipeline.tracking"):
+        for step in range(3):
+            run.metrics({"train/loss": float(step)}, step)
+    assert len(caplog.records) == 1 and "cannot be written" in caplog.text
+    run.finish("FINISHED")
+    assert curve(run, "train/loss") == [(0, 0.0), (1, 1.0), (2, 2.0)]
+
+
+def test_a_store_that_is_away_is_not_asked_after_every_epoch(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(uri)
+    asked, log_batch, is_back = [], run._client.log_batch, []
+
+    def away(*args, **more) -> None:
+        asked.append(1)
+        if not is_back:
+            raise ConnectionRefusedError("nobody there")
+        log_batch(*args, **more)
+
+    monkeypatch.setattr(run._client, "log_batch", away)
+    for epoch in range(50):
+        run.metrics({"train/loss": float(epoch)}, epoch)
+        run.keep_up()
+    assert len(asked) == 1, "each time may cost twenty seconds"
+    is_back.append(1)
+    run.finish("FINISHED")
+    assert len(curve(run, "train/loss")) == 50
+
+
+def test_a_finished_training_waits_for_a_store_that_comes_back(uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = start(uri)
+    back, log_batch = time.monotonic() + 1.5, run._client.log_batch
+
+    def away_for_a_while(*args, **more) -> None:
+        if time.monotonic() < back:
+            raise ConnectionRefusedError("nobody there")
+        log_batch(*args, **more)
+
+    monkeypatch.setattr(run._client, "log_batch", away_for_a_while)
+    run.metrics({"train/loss": 1.0}, 0)
+    assert not run.settle(seconds=0)
+    assert run.settle(seconds=60)
+    assert curve(run, "train/loss") == [(0, 1.0)]
+
+
 def test_a_picture_waits_while_the_artifacts_cannot_be_written(uri: str, caplog: pytest.LogCaptureFixture) -> None:
     run = start(uri)
     folder = Path(uri.removeprefix("sqlite:///")).parent / "artifacts"
@@ -253,96 +379,29 @@ def test_what_the_store_will_never_take_does_not_block_the_rest(
 
 @pytest.mark.slow
 def test_a_server_that_stops_and_starts_again_has_everything(uri: str, tmp_path: Path) -> None:
-    port = _free_port()
-    server = _serve(uri, port)
+    port = free_port()
+    server = serving(uri, port)
     try:
         run = start(f"http://127.0.0.1:{port}")
         run.metrics({"train/loss": 0.0}, 0)
         assert run.flush()
-        _stop(server)
+        stop(server)
         began = time.monotonic()
         run.metrics({"train/loss": 1.0}, 1)
         assert not run.flush()
         run.tag("while", "away")
         run.picture("case", np.zeros((16, 16, 3), np.uint8), 1)
         assert time.monotonic() - began < 15
-        server = _serve(uri, port)
+        server = serving(uri, port)
         assert run.flush()
         assert curve(run, "train/loss") == [(0, 0.0), (1, 1.0)]
-        run.register(a_package(tmp_path / "package"), "served", ("champion",))
+        register(a_package(tmp_path / "package"), "served", uri=run.uri, run_id=run.run_id, aliases=("champion",))
         run.finish("FINISHED")
         assert status(run) == "FINISHED"
         package = fetch("models:/served@champion", tmp_path / "fetched", run.uri)
         assert contents(package) == contents(tmp_path / "package")
     finally:
-        _stop(server)
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _serve(uri: str, port: int) -> subprocess.Popen:
-    import urllib.request
-
-    code = f"import sys; from pipeline.tracking import serve; sys.exit(serve({uri!r}, port={port}))"
-    server = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    for _ in range(900):
-        assert server.poll() is None
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-                return server
-        except OSError:
-            time.sleep(0.1)
-    _stop(server)
-    pytest.fail("the server did not start")
-
-
-def _stop(server: subprocess.Popen) -> None:
-    server.terminate()
-    try:
-        server.wait(30)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-
-
-def test_a_registered_package_comes_back_byte_for_byte(uri: str, tmp_path: Path, monkeypatch) -> None:
-    run = start(uri)
-    package = a_package(tmp_path / "package")
-    assert run.register(package, "liver", ("champion", "candidate"), note="Dice 0.9") == "1"
-    run.finish("FINISHED")
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    fetched = fetch("models:/liver@champion", Path("cache"), uri)
-    assert fetched.parent == Path("cache")
-    assert contents(fetched) == contents(package)
-    assert fetch("models:/liver/1", Path("cache"), uri) == fetched
-    assert [path.name for path in Path("cache").iterdir()] == [fetched.name]
-
-
-def test_a_second_version_leaves_the_first_as_it_was(uri: str, tmp_path: Path) -> None:
-    run = start(uri)
-    first, second = a_package(tmp_path / "1"), a_package(tmp_path / "2", b"better")
-    assert run.register(first, "spleen", ("champion",)) == "1"
-    assert run.register(second, "spleen", ("champion",)) == "2"
-    assert contents(fetch("models:/spleen/1", tmp_path / "cache", uri)) == contents(first)
-    assert contents(fetch("models:/spleen@champion", tmp_path / "cache", uri)) == contents(second)
-
-
-def test_latest_is_an_alias_every_model_has(uri: str, tmp_path: Path) -> None:
-    run = start(uri)
-    packages = [a_package(tmp_path / str(number), bytes([number])) for number in range(11)]
-    assert [run.register(package, "pancreas", ("latest",)) for package in packages][-1] == "11"
-    assert contents(fetch("models:/pancreas@latest", tmp_path / "cache", uri)) == contents(packages[-1])
-    with pytest.raises(RegistryError):
-        fetch("models:/nobody@latest", tmp_path / "cache", uri)
+        stop(server)
 
 
 def test_the_code_version_is_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,15 +421,6 @@ def test_the_code_version_is_the_commit(tmp_path: Path, monkeypatch: pytest.Monk
     assert code_version() == f"{commit[:12]}-changed"
 
 
-@pytest.mark.parametrize("address", ["models:/kidney@championn", "models:/kidney/7", "models:/kidny/1", "kidney"])
-def test_an_unknown_package_is_refused_with_what_there_is(uri: str, tmp_path: Path, address: str) -> None:
-    if not (known := tmp_path.parent / "kidney").exists():
-        start(uri).register(a_package(known), "kidney", ("champion",))
-    with pytest.raises(RegistryError, match=r"kidney \(/1.*, @champion is \d+\)"):
-        fetch(address, tmp_path / "cache", uri)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_more_params_than_a_picture_leaves_room_for_are_refused(uri: str) -> None:
     with pytest.raises(AssertionError, match="7 params"):
         start(uri, **{name: 1 for name in "abcdefg"})
@@ -381,13 +431,21 @@ def test_no_store_no_start(tmp_path: Path) -> None:
     with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
         start(f"sqlite:///{tmp_path}/mlflow.db")
     with pytest.raises(TrackingError) as away:
-        start(f"http://somebody:secret@127.0.0.1:{_free_port()}")
+        start(f"http://somebody:secret@127.0.0.1:{free_port()}")
     assert "secret" not in str(away.value)
 
 
 def test_a_run_that_is_not_there_cannot_be_resumed(uri: str) -> None:
     with pytest.raises(TrackingError, match="0123456789abcdef"):
         start(uri, run_id="0123456789abcdef" * 2)
+
+
+@pytest.mark.parametrize("secret", ["geheim", "g@heim", "ge:heim", "g%2Fheim"])
+def test_no_password_is_told(secret: str) -> None:
+    from pipeline.tracking import _without_password
+
+    told = _without_password(f"cannot reach postgresql+psycopg2://hilum:{secret}@db.hospital:5432/runs")
+    assert told == "cannot reach postgresql+psycopg2://db.hospital:5432/runs"
 
 
 @pytest.mark.parametrize(
@@ -438,19 +496,3 @@ def test_mlflow_is_imported_by_need_only() -> None:
     code = "import sys, pipeline.tracking; print([name for name in sys.modules if name.partition('.')[0] == 'mlflow'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_nothing_is_pickled(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
-    def refuse(*args, **more) -> None:
-        raise AssertionError("something was pickled")
-
-    run = start(uri)
-    for name in ("dump", "dumps", "load", "loads", "Pickler", "Unpickler"):
-        monkeypatch.setattr(pickle, name, refuse)
-    run.metrics({"train/loss": 1.0}, 0)
-    run.picture("case", np.zeros((16, 16, 3), np.uint8), 0)
-    run.register(a_package(tmp_path / "package"), "unpickled", ("champion",))
-    run.finish("FINISHED")
-    fetch("models:/unpickled@champion", tmp_path / "cache", uri)

@@ -1,14 +1,19 @@
 """A training ends in a package and an honest MLflow run, however often it is killed on the way."""
 
+import base64
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,17 +21,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline import tracking
+from pipeline import registry, tracking
 from pipeline.batch import open_package, segment
 from pipeline.config import Segment, Train
 from pipeline.errors import Interrupted, UsageError
 from pipeline.fitting import Training, Watch
 from pipeline.training import train
 from pipeline.workshop import Workshop
-from preprocessing import files
+from preprocessing import dicom, files
 from preprocessing.datasets import DatasetError
 from preprocessing.phantoms import CHANNELS, LABELS, body, geometry, scan
 from preprocessing.plan import Plan
+from tests.pipeline.servers import free_port, serving, stop
 
 EPOCHS = 4
 WORDS = {"epochs": EPOCHS, "steps_per_epoch": 3, "network_options": {"width": 4, "blocks": [1, 1]}, "folds": 3}
@@ -91,7 +97,7 @@ def test_mlflow_holds_curves_pictures_plan_dataset_and_a_registered_package(undi
     }
     assert steps["train/loss"] == list(range(EPOCHS))
     assert {0, EPOCHS - 1} <= set(steps["val/loss"]) and steps["val/loss"] == steps["val/dice_mean"]
-    assert {"plan.yaml", "fingerprint.json", "settings.json", "images", "package"} <= {
+    assert {"plan.yaml", "fingerprint.json", "settings.json", "images", "model"} <= {
         f.path for f in client.list_artifacts(run.info.run_id)
     }
     assert [used.dataset.name for used in run.inputs.dataset_inputs] == ["few"]
@@ -99,6 +105,39 @@ def test_mlflow_holds_curves_pictures_plan_dataset_and_a_registered_package(undi
     assert run.data.tags["code"] and run.data.tags["dataset"]
     fetched = open_package("models:/few@latest", store)
     assert fetched.id == open_package(undisturbed).id
+
+
+def artifacts(client, run_id: str, folder: str | None = None) -> set[str]:
+    return {entry.path for entry in client.list_artifacts(run_id, folder)}
+
+
+def test_the_same_cases_are_drawn_at_every_look_and_three_are_pages_at_the_end(undisturbed: Path, store: str) -> None:
+    client, run = run_of(undisturbed, store)
+    drawn = Counter(
+        path.split("+")[0] for path in artifacts(client, run.info.run_id, "images") if path.endswith(".png")
+    )
+    at_first = {name: drawn[f"images/validation~{name} at first"] for name in ("worst", "best")}
+    assert min(at_first.values()) >= 2 and len(set(at_first.values())) == 1
+    assert drawn["images/held_out~worst"] == drawn["images/held_out~best"] == 1
+    report = {"report/held_out.csv", "report/held_out.html", "report/worst.html", "report/best.html"}  # of two cases
+    assert artifacts(client, run.info.run_id, "report") == report
+    assert {"card.md", "environment.txt"} <= artifacts(client, run.info.run_id)
+    fold = open_package(undisturbed).record.folds["0"]
+    for name in ("worst", "best"):
+        page = Path(client.download_artifacts(run.info.run_id, f"report/{name}.html")).read_text()
+        (key,) = (key for key in fold.held_out.cases if f"<h1>{key}</h1>" in page)
+        means = {each: np.mean(list(dice.values())) for each, dice in fold.held_out.cases.items()}
+        assert means[key] == {"worst": min, "best": max}[name](means.values())
+
+
+def test_the_best_version_is_named_and_tells_its_scores(undisturbed: Path, store: str) -> None:
+    client, run = run_of(undisturbed, store)
+    version = next(v for v in client.search_model_versions("name = 'few'") if v.run_id == run.info.run_id)
+    fold = open_package(undisturbed).record.folds["0"]
+    assert float(version.tags["dice_mean"]) == pytest.approx(np.mean(list(fold.dice.values())), abs=1e-3)
+    assert version.tags["held_out_cases"] == "2" and version.tags["best"]
+    assert version.description.startswith("# few")
+    assert client.get_registered_model("few").aliases["best"]
 
 
 def test_no_case_and_no_path_is_named_in_mlflow(undisturbed: Path, store: str, dataset: Path) -> None:
@@ -145,14 +184,46 @@ def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
         process.kill()
     assert process.returncode == -signal.SIGKILL
     job = json.loads((workshop / "job.json").read_text())
+    assert job["run_id"] in tracking.end_the_dead(store)
 
     train(dataset, out, Train(**WORDS, tracking_uri=store, cache=out.parent / "cache", resume=True))
 
     client, run = run_of(out, store)
-    assert run.info.run_id == job["run_id"] and run.info.status == "FINISHED"
+    assert run.info.run_id == job["run_id"] and run.info.status == "FINISHED" and tracking.ENDED not in run.data.tags
     steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
     assert steps == Counter(range(EPOCHS)), "every epoch once"
     assert_equal_to_the_bit(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_while_its_server_is_away_a_training_loses_no_point(dataset: Path, store: str, tmp_path: Path) -> None:
+    out, port = tmp_path / "package", free_port()
+    words = command(dataset, out, f"http://127.0.0.1:{port}", "--epochs=80", "--keep_seconds=0.2", "--model=away")
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    workshop = tmp_path / "package.training" / "fold0"
+    server = serving(store, port)
+    try:
+        with subprocess.Popen(words, env=environment) as process:
+            wait_for(workshop / "last.ckpt", process)
+            stop(server)
+            time.sleep(1)
+            wait_for_change(workshop / "last.ckpt", process)
+            wait_for_change(workshop / "last.ckpt", process)
+            process.kill()
+        server = serving(store, port)
+        assert json.loads((workshop / "job.json").read_text())["run_id"] in tracking.end_the_dead(store)
+        with subprocess.Popen([*words, "--resume"], env=environment) as process:
+            wait_for_change(workshop / "last.ckpt", process)
+            stop(server)  # and a server that is away for a while
+            time.sleep(1)
+            server = serving(store, port)
+            assert process.wait(300) == 0
+    finally:
+        stop(server)
+    client, run = run_of(out, store)
+    steps = Counter(point.step for point in client.get_metric_history(run.info.run_id, "train/loss"))
+    assert steps == Counter(range(80)), "every epoch once"
+    assert run.info.status == "FINISHED" and client.get_registered_model("away").aliases["best"]
 
 
 def assert_equal_to_the_bit(package: Path, other: Path) -> None:
@@ -298,7 +369,7 @@ def test_stopped_between_package_and_registry_a_training_only_registers(
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(tracking.Tracker, "register", stopped)
+        patched.setattr(registry, "register", stopped)
         with pytest.raises(Interrupted):
             train(dataset, tmp_path / "package", settings)
     made = open_package(tmp_path / "package")
@@ -351,6 +422,14 @@ def test_a_second_fold_joins_the_package_and_follows_its_plan(
     assert sorted(package.record.folds) == ["0", "1"] and package.plan == before.plan
     assert len(package.networks()) == 2 and package.id != before.id
 
+    client, first = run_of(out, store)
+    above = client.get_run(first.data.tags["mlflow.parentRunId"])
+    second = client.get_run(package.record.folds["1"].run_id)
+    assert second.data.tags["mlflow.parentRunId"] == above.info.run_id and above.info.status == "FINISHED"
+    every = registry.Measured.of(package.record)
+    assert above.data.metrics["cv/dice_mean"] == pytest.approx(every.mean) and len(every.cases) == 4
+    assert artifacts(client, above.info.run_id, "report") == {"report/held_out.html"}
+
 
 def test_a_training_on_every_case_joins_the_folds(dataset: Path, undisturbed: Path, store: str, tmp_path: Path) -> None:
     out = tmp_path / "package"
@@ -360,6 +439,67 @@ def test_a_training_on_every_case_joins_the_folds(dataset: Path, undisturbed: Pa
     fold = package.record.folds["all"]
     assert (fold.cases_trained, fold.cases_held_out, fold.dice) == (6, 0, {})
     assert (out / "weights-all.safetensors").exists() and len(package.networks()) == 2
+
+
+CANARY = "Zwetschgenkuchen"
+
+
+@pytest.fixture
+def named(dataset: Path, tmp_path: Path) -> Path:
+    """The same patients, named in every place that has room for a name: folders, files, DICOM and NIfTI headers."""
+    import nibabel
+    import pydicom
+
+    root = tmp_path / f"{CANARY}-1"
+    rows = ["id,labels,t1,t2,patient"]
+    for seed in range(1, 5):
+        case = f"{CANARY}-2-{seed}"
+        for number, name in enumerate(CHANNELS):
+            image = files.read(dataset / "imagesTr" / f"p{seed}_{number:04d}.nii.gz")
+            series = dicom.write_series(image, root / case / name, description=f"{CANARY}-3", study=case)
+            for path in series:
+                header = pydicom.dcmread(path)
+                header.PatientName, header.PatientID, header.AccessionNumber = (
+                    f"{CANARY}-4^A",
+                    f"{CANARY}-5",
+                    CANARY[:16],
+                )
+                header.InstitutionName, header.ReferringPhysicianName = f"{CANARY}-6", f"{CANARY}-7"
+                header.PatientComments, header.PatientBirthDate = f"{CANARY}-8", "19330131"
+                header.save_as(path)
+        (read,), _ = dicom.series_in(sorted((root / case / CHANNELS[0]).iterdir()))
+        grid, drawn = dicom.read(read).geometry, files.read(dataset / "labelsTr" / f"p{seed}.nii.gz")
+        # DICOM knows right-handed grids only: the slices of another come back in the opposite order
+        voxels = drawn.voxels[0] if grid.matches(drawn.geometry) else drawn.voxels[0, :, :, ::-1]
+        labels = nibabel.Nifti1Image(np.ascontiguousarray(voxels).astype(np.uint8), grid.affine)
+        labels.header["descrip"] = f"{CANARY}-9".encode()
+        nibabel.save(labels, root / f"{case}-labels.nii.gz")
+        rows.append(f"{case},{case}-labels.nii.gz,{case}/t1,{case}/t2,{CANARY}-10-{seed}")
+    (root / "few.csv").write_text("\n".join(rows))
+    return root / "few.csv"
+
+
+def test_nothing_in_mlflow_tells_who_a_patient_is(named: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store" / "mlflow.db"
+    words = WORDS | {"epochs": 1, "folds": 2, "cache": tmp_path / "cache", "tracking_uri": f"sqlite:///{store}"}
+    train(named, tmp_path / f"{CANARY}-out" / "package", Train(**words))
+    stored = [path for path in store.parent.rglob("*") if path.is_file()]
+    assert len([path for path in stored if path.name == "worst.html"]) == 1
+    hidden = (CANARY.encode(), CANARY.encode("utf-16-le"), b"19330131")
+    for path in stored:
+        assert CANARY not in str(path.relative_to(store.parent))
+        for content in unpacked(path.read_bytes()):
+            assert not any(word.lower() in content.lower() for word in hidden), path.name
+
+
+def unpacked(content: bytes) -> Iterator[bytes]:
+    """A file, and what is packed into it as base64 or gzip, to any depth."""
+    yield content
+    if content[:2] == b"\x1f\x8b":
+        yield from unpacked(zlib.decompress(content, wbits=31))
+    for found in re.finditer(rb"[A-Za-z0-9+/]{200,}={0,2}", content):
+        with suppress(ValueError):
+            yield from unpacked(base64.b64decode(found[0], validate=True))
 
 
 def test_a_dataset_that_does_not_fit_is_refused_even_with_a_plan(

@@ -67,6 +67,20 @@ def seen_by_others(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 @EXTENSION
+def test_what_stands_for_other_values_is_written_where_that_can_be_said(extension: str, tmp_path: Path) -> None:
+    volume, path = a_volume(kind="int16"), tmp_path / f"scan{extension}"
+    if ".nii" not in extension:
+        with pytest.raises(ScanError, match=r"cannot say so.*\.nii\.gz"):
+            files.write(volume, path, scale=0.02)
+        return
+    files.write(volume, path, scale=0.02)
+    image = nibabel.load(path)
+    np.testing.assert_array_equal(image.dataobj.get_unscaled(), volume.voxels[0])
+    np.testing.assert_allclose(image.get_fdata(), volume.voxels[0] * 0.02, rtol=1e-6)
+    np.testing.assert_allclose(files.read(path).voxels, volume.voxels * 0.02, rtol=1e-6)
+
+
+@EXTENSION
 @pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "int32", "int64", "float32"])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_volume_comes_back_as_it_was(extension: str, kind: str, channels: int, tmp_path: Path) -> None:

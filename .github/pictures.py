@@ -1,0 +1,79 @@
+"""Makes the pictures of the README: a case's page and the index of a night, as a browser shows them.
+
+    python .github/pictures.py NIGHT --case CASE [--out FOLDER]
+
+NIGHT is what `hilum segment ... --out NIGHT --outputs labels,overlay,saliency,measurements,page` left.
+"""
+
+import argparse
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+FLAGS = ["--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+PATIENCE_MS = 120_000
+
+
+def make(night: Path, case: str, out: Path) -> None:
+    """Every picture, into `out`."""
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        for name, (width, height, scheme, path, act) in SHOTS.items():
+            page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+            page.set_default_timeout(PATIENCE_MS)
+            page.goto((night / path.format(case=case)).resolve().as_uri())
+            act(page)
+            keep(page.screenshot(), out / f"{name}.png")
+            page.close()
+        browser.close()
+
+
+def keep(shot: bytes, path: Path) -> None:
+    Image.open(io.BytesIO(shot)).convert("RGB").save(path, optimize=True)
+
+
+def at_the_smallest(page: Page) -> None:
+    """The viewer, led to the last finding of the table, where lesions stand, with the map it has or another one."""
+    page.wait_for_selector("body[data-viewer=ready]", state="attached")
+    page.locator("tr[data-mm]").last.click()
+    page.evaluate("scrollTo(0, 0)")
+    page.wait_for_timeout(1000)
+
+
+def at_the_tables(page: Page) -> None:
+    at_the_smallest(page)
+    page.evaluate("document.querySelector('h2').scrollIntoView()")
+
+
+def least_sure_on_top(page: Page) -> None:
+    page.get_by_role("button", name="confidence").click()
+    page.wait_for_timeout(1000)
+
+
+SHOTS: dict[str, tuple[int, int, Any, str, Any]] = {
+    "page": (1240, 800, "light", "{case}/page.html", at_the_smallest),
+    "page-dark": (1240, 800, "dark", "{case}/page.html", at_the_smallest),
+    "page-phone": (390, 844, "dark", "{case}/page.html", at_the_smallest),
+    "page-tables": (1320, 880, "light", "{case}/page.html", at_the_tables),
+    "index": (1320, 760, "light", "index.html", least_sure_on_top),
+    "index-dark": (1320, 760, "dark", "index.html", least_sure_on_top),
+}
+"""Width, height, colours, the page, and what is done on it."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("night", type=Path)
+    parser.add_argument("--case", required=True, help="The patient whose page is shown.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    said = parser.parse_args()
+    said.out.mkdir(parents=True, exist_ok=True)
+    make(said.night, said.case, said.out)
+
+
+if __name__ == "__main__":
+    main()
