@@ -245,11 +245,15 @@ def layers(network: nn.Module) -> dict[str, nn.Module]:
     return named
 
 
-def chosen_layer(network: nn.Module, channels: int, patch: Sequence[int], wanted: str = "") -> Layer:
-    """The layer of that name or, of those that are no last step, the one nearest to a quarter of the resolution.
+SUITED = 0.5
+"""Of the resolution. At a quarter maps of lesions and of whole organs failed their tests (deletion 1.0 and 0.98, by chance
+0.83) that passed at half (0.0; benchmarks/results/README.md): what decides in a U-Net leaves it by the finer skips."""
 
-    There a map is fine enough for a lesion and coarse enough for its surroundings; of two that are as near the one
-    farther from the answer, which the encoder made, is the less circular.
+
+def chosen_layer(network: nn.Module, channels: int, patch: Sequence[int], wanted: str = "") -> Layer:
+    """The layer of that name or, of those that are no last step, the one nearest to half of the resolution.
+
+    Of two that are as near the one farther from the answer, which the encoder made, is the less circular.
     """
     offered = surveyed(network, channels, patch)
     sound = [layer for layer in offered if not layer.fault]
@@ -273,7 +277,7 @@ def chosen_layer(network: nn.Module, channels: int, patch: Sequence[int], wanted
             f"{type(network).__name__} offers no layer but its last step, whose map would be the answer once more; one "
             "before it is needed. Choose the method gradient_x_input."
         )
-    return min(reversed(apart), key=lambda layer: round(abs(np.log2(layer.fraction / 0.25)), 6))
+    return min(reversed(apart), key=lambda layer: round(abs(np.log2(layer.fraction / SUITED)), 6))
 
 
 def surveyed(network: nn.Module, channels: int, patch: Sequence[int]) -> list[Layer]:

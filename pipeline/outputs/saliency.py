@@ -36,7 +36,7 @@ class Config:
     """hirescam, for it does not average gradients over the scan: before a normalisation of each image such means are nearly
     zero, whatever the network saw."""
     layer: str = ""
-    """A name among those the network offers; empty: the one nearest to a quarter of the scan's resolution, never the last,
+    """A name among those the network offers; empty: the one nearest to half of the scan's resolution, never the last,
     which repeats the mask."""
     labels: tuple[str, ...] = ()
     """Names of the labels explained; empty: each that was found."""

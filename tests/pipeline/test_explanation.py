@@ -476,9 +476,9 @@ def test_a_network_without_a_layer_to_explain_names_the_methods_that_need_none()
         chosen_layer(nn.Conv3d(1, 2, 1), 1, PATCH)
 
 
-def test_by_default_a_quarter_of_the_resolution_is_explained_and_never_the_last_step(make_plan) -> None:
+def test_by_default_half_of_the_resolution_is_explained_and_never_the_last_step(make_plan) -> None:
     tower = a_tower()
-    assert chosen_layer(tower, 1, PATCH).name == "deep"
+    assert chosen_layer(tower, 1, PATCH).name == "middle"
     assert chosen_layer(tower, 1, PATCH, "merge").is_last
     made = explain(
         a_volume(noise(1, *PATCH)), a_volume(two_lesions(*PATCH)), [tower], a_plan(make_plan), Inference(device="cpu"),
@@ -490,7 +490,7 @@ def test_by_default_a_quarter_of_the_resolution_is_explained_and_never_the_last_
 def test_of_two_layers_of_one_resolution_the_encoders_is_explained() -> None:
     module = networks.load("residual_unet")
     config = module.fit(module.Config(width=4), patch=(32, 32, 32), spacing=(1.0, 1.0, 1.0))
-    assert chosen_layer(module.build(config, channels=1, classes=3), 1, (32, 32, 32)).name == "down.2"  # not merge.0
+    assert chosen_layer(module.build(config, channels=1, classes=3), 1, (32, 32, 32)).name == "down.1"  # not merge.1
 
 
 class Flat(nn.Module):
