@@ -11,7 +11,7 @@ demo: $(READY)
 	rm -rf demo && $(BIN)/hilum demo --out demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 check: $(READY)
 	$(BIN)/ruff check .
