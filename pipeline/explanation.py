@@ -29,13 +29,12 @@ from .attribution import AVERAGING, HEALTHY, METHODS, undisturbed, unlearnt
 from .errors import UsageError
 from .faithfulness import Faithfulness, judge
 from .lens import Lens, Look
+from .outputs.measurements import MOST_PARTS
 from .prediction import Inference, Windows, choose_device
 from .report import Explanation
 
 logger = logging.getLogger(__name__)
 
-MOST_PARTS = 200
-"""As many parts of a label as the measurements list: a map without a row there would have no name."""
 LEVELS = 127
 """Codes are int8 and signed alike to both sides."""
 ALIKE = 0.2

@@ -1,4 +1,4 @@
-"""MLflow's server on a store, as `hilum ui` runs it, for the tests that need one."""
+"""What tests of MLflow share: its server on a store, as `hilum ui` runs it, and a folder to register."""
 
 import os
 import socket
@@ -46,3 +46,14 @@ def stop(server: subprocess.Popen) -> None:
     except subprocess.TimeoutExpired:
         server.kill()
         server.wait()
+
+
+def a_package(folder: Path, content: bytes = bytes(range(256)) * 40) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "package.json").write_text('{"name": "ü"}\n', encoding="utf-8")
+    (folder / "weights-fold0.safetensors").write_bytes(content)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -2,8 +2,6 @@
 
 import itertools
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from preprocessing.datasets import label_table
 from preprocessing.dicom.labels import read_labels
 from preprocessing.plan import Label
 from preprocessing.volume import LPS_TO_RAS, Geometry, Provenance, ScanError, Volume
+from tests.pipeline.dciodvfy import errors_in
 
 NAMES = {"liver": 3, "kidney_left": 7, "lesion": 9}
 TABLE = label_table(NAMES)
@@ -83,14 +82,6 @@ def written(result: Result, folder: Path, kind: str = "binary") -> Path:
     folder.mkdir(exist_ok=True)
     path, *_ = dicom_seg.write(result, folder, dicom_seg.Config(kind=kind))
     return path
-
-
-def errors_in(path: Path) -> list[str]:
-    """What David Clunie's validator has against the object."""
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy (Debian: dicom3tools) is not on this machine")
-    said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, errors="replace").stderr
-    return [line for line in said.splitlines() if line.startswith("Error")]
 
 
 def by_highdicom(path: Path, result: Result) -> np.ndarray:

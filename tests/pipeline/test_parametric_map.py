@@ -1,7 +1,5 @@
 """A DICOM Parametric Map has the values and the place of the map it was made of, and belongs to its source's patient."""
 
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from pipeline.report import Explanation, Result
 from preprocessing import dicom
 from preprocessing.declared import label_table
 from preprocessing.volume import LPS_TO_RAS, Geometry, Provenance, ScanError, Volume
+from tests.pipeline.dciodvfy import errors_in
 
 TABLE = label_table({"liver": 3, "lesion": 9})
 FAILED = Faithfulness(
@@ -82,14 +81,6 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Result:
 @pytest.fixture(scope="module")
 def maps(found: Result, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return parametric_map.write(found, tmp_path_factory.mktemp("case"), parametric_map.Config())
-
-
-def errors_in(path: Path) -> list[str]:
-    """What David Clunie's validator has against the object."""
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy (Debian: dicom3tools) is not on this machine")
-    said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, errors="replace").stderr
-    return [line for line in said.splitlines() if line.startswith("Error")]
 
 
 def frame_by_frame(path: Path, geometry: Geometry) -> np.ndarray:

@@ -10,6 +10,7 @@ import pytest
 from pipeline.errors import RegistryError
 from pipeline.registry import BEST, Measured, better, fetch, register, registered_name
 from pipeline.tracking import Tracker, open_run
+from tests.pipeline.servers import a_package, contents
 
 
 @pytest.fixture(scope="module")
@@ -24,17 +25,6 @@ def start(uri: str) -> Tracker:
 
 def put(run: Tracker, package: Path, name: str, aliases: tuple[str, ...] = (), note: str = "", **more: Measured) -> str:
     return register(package, name, uri=run.uri, run_id=run.run_id, aliases=aliases, note=note, **more)
-
-
-def a_package(folder: Path, content: bytes = bytes(range(256)) * 40) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "package.json").write_text('{"name": "ü"}\n', encoding="utf-8")
-    (folder / "weights-fold0.safetensors").write_bytes(content)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_registered_package_comes_back_byte_for_byte(uri: str, tmp_path: Path, monkeypatch) -> None:

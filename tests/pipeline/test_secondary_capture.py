@@ -1,7 +1,5 @@
 """The picture in the archive is the picture on disk, belongs to its patient, and names nobody in its pixels."""
 
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from pipeline.report import Result
 from preprocessing import dicom
 from preprocessing.declared import label_table
 from preprocessing.volume import Geometry, Provenance, ScanError, Volume
+from tests.pipeline.dciodvfy import errors_in
 
 
 def found_in(scan: Volume) -> Result:
@@ -54,14 +53,6 @@ def written(result: Result, folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def capture(found: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(found, tmp_path_factory.mktemp("case"))
-
-
-def errors_in(path: Path) -> list[str]:
-    """What David Clunie's validator has against the object."""
-    if shutil.which("dciodvfy") is None:
-        pytest.skip("dciodvfy (Debian: dicom3tools) is not on this machine")
-    said = subprocess.run(["dciodvfy", path], capture_output=True, text=True, errors="replace").stderr
-    return [line for line in said.splitlines() if line.startswith("Error")]
 
 
 def test_its_pixels_are_those_of_the_overlay_to_every_reader(found: Result, capture: Path) -> None:

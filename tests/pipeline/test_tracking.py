@@ -31,7 +31,7 @@ from pipeline.tracking import (
     serve,
     ui_url,
 )
-from tests.pipeline.servers import free_port, serving, stop
+from tests.pipeline.servers import a_package, contents, free_port, serving, stop
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,17 +53,6 @@ def curve(run: Tracker, key: str) -> list[tuple[int, float]]:
 
 def status(run: Tracker) -> str:
     return run._client.get_run(run.run_id).info.status
-
-
-def a_package(folder: Path, content: bytes = bytes(range(256)) * 40) -> Path:
-    folder.mkdir(parents=True)
-    (folder / "package.json").write_text('{"name": "ü"}\n', encoding="utf-8")
-    (folder / "weights-fold0.safetensors").write_bytes(content)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_run_keeps_what_it_was_told(uri: str) -> None:
