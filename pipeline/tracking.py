@@ -319,6 +319,12 @@ def _experiment_id(client: "mlflow.MlflowClient", uri: str, name: str) -> str:
     from mlflow.exceptions import MlflowException
 
     if found := client.get_experiment_by_name(name):
+        if str(found.artifact_location).startswith("mlflow-artifacts:") and not _is_served(uri):
+            raise TrackingError(
+                f"The experiment {name} in {_without_password(uri)} was begun through a tracking server, which alone "
+                "reaches its files. The address of such a server is needed: start `hilum ui` on this store and give "
+                "--tracking_uri http://127.0.0.1:5000, or name another store."
+            )
         return found.experiment_id
     try:
         return client.create_experiment(

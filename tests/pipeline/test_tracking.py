@@ -485,3 +485,10 @@ def test_mlflow_is_imported_by_need_only() -> None:
     code = "import sys, pipeline.tracking; print([name for name in sys.modules if name.partition('.')[0] == 'mlflow'])"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_an_experiment_begun_through_a_server_is_refused_at_once_without_one(uri: str) -> None:
+    client = start(uri)._client
+    client.create_experiment("begun elsewhere", artifact_location="mlflow-artifacts:/7")
+    with pytest.raises(TrackingError, match="begun through a tracking server"):
+        open_run(uri=uri, experiment="begun elsewhere", run_name="a run", params={}, tags={})

@@ -196,7 +196,8 @@ def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
 
 
 @pytest.mark.slow
-def test_killed_while_its_server_is_away_a_training_loses_no_point(dataset: Path, store: str, tmp_path: Path) -> None:
+def test_killed_while_its_server_is_away_a_training_loses_no_point(dataset: Path, tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"  # of its own: what a server began, only a server can go on with
     out, port = tmp_path / "package", free_port()
     words = command(dataset, out, f"http://127.0.0.1:{port}", "--epochs=80", "--keep_seconds=0.2", "--model=away")
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
