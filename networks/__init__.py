@@ -1,6 +1,7 @@
 """Tensors in, logits out: each file here is a network, and the file's name is the network's name.
 
 A network's module has `PAPER`, `GOOD_FOR`, `Config`, `fit`, `divisor`, `build` and `explained`; nothing else makes it one.
+One for slides, `mil_*` or `tile_*`, takes bags of tile features and has `PAPER`, `GOOD_FOR`, `Config` and `build`.
 """
 
 import difflib
@@ -8,24 +9,45 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+FOR_SLIDES = ("mil_", "tile_")
+"""How the names of networks begin that take bags of tile features."""
+
 
 class UnknownNetwork(LookupError):
     """No file here has that name."""
 
 
 def available() -> tuple[str, ...]:
-    """The names of all networks, sorted, without importing one. `parts` is a folder and no network."""
-    return tuple(sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_")))
+    """The names of all networks for scans, sorted, without importing one. `parts` is a folder and no network."""
+    return tuple(name for name in _names() if not name.startswith(FOR_SLIDES))
+
+
+def for_slides() -> tuple[str, ...]:
+    """The names of all networks for slides, sorted, without importing one."""
+    return tuple(name for name in _names() if name.startswith(FOR_SLIDES))
 
 
 def load(name: str) -> ModuleType:
-    """The module of one network, imported now."""
-    if name not in available():
-        raise UnknownNetwork(f"There is no network named {name!r}; networks/ holds {_offer(name)}")
+    """The module of one network for scans, imported now."""
+    return _loaded(name, available())
+
+
+def load_for_slides(name: str) -> ModuleType:
+    """The module of one network for slides, imported now; `acmil` is `mil_acmil`."""
+    return _loaded(f"mil_{name}" if f"mil_{name}" in for_slides() else name, for_slides())
+
+
+def _names() -> list[str]:
+    return sorted(file.stem for file in Path(__file__).parent.glob("*.py") if not file.stem.startswith("_"))
+
+
+def _loaded(name: str, known: tuple[str, ...]) -> ModuleType:
+    if name not in known:
+        raise UnknownNetwork(f"There is no network named {name!r}; networks/ holds {_offer(name, known)}")
     return importlib.import_module(f"{__name__}.{name}")
 
 
-def _offer(name: str) -> str:
-    nearest = difflib.get_close_matches(name, available(), n=1, cutoff=0.4)
+def _offer(name: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     advice = f"Did you mean {nearest[0]!r}?" if nearest else "Give one of these names."
-    return f"{', '.join(available())}. {advice}"
+    return f"{', '.join(known)}. {advice}"
