@@ -1,7 +1,8 @@
 """Scans in, reports out: the verbs, each one a function with the meaning of the command of its name.
 
-The functions live in the rooms of this floor and are brought in when first used, so that importing the floor costs
-nothing: `from pipeline import segment` loads torch, `hilum --help` does not.
+A verb of two words is one with an underscore: `slides_train`. The functions live in the rooms of this floor and are
+brought in when first used, so that importing the floor costs nothing: `from pipeline import segment` loads torch,
+`hilum --help` does not.
 """
 
 from importlib import import_module
@@ -16,10 +17,16 @@ if TYPE_CHECKING:
     from .description import show
     from .evaluation import evaluate
     from .planning import plan
+    from .slides.classification import classify as slides_classify
+    from .slides.features import extract as slides_features
+    from .slides.training import train_slides as slides_train
     from .tracking import serve as ui
     from .training import train
 
-__all__ = ["check", "compare", "convert", "demo", "evaluate", "plan", "segment", "show", "train", "ui"]
+__all__ = [
+    "check", "compare", "convert", "demo", "evaluate", "plan", "segment", "show", "slides_classify", "slides_features",
+    "slides_train", "train", "ui",
+]  # fmt: skip
 
 _HOMES = {
     "check": ("checking", "check"),
@@ -30,6 +37,9 @@ _HOMES = {
     "plan": ("planning", "plan"),
     "segment": ("batch", "segment"),
     "show": ("description", "show"),
+    "slides_classify": ("slides.classification", "classify"),
+    "slides_features": ("slides.features", "extract"),
+    "slides_train": ("slides.training", "train_slides"),
     "train": ("training", "train"),
     "ui": ("tracking", "serve"),
 }

@@ -1,29 +1,24 @@
 """Many scans segmented one by one, each by itself; what is complete is never done twice, what fails is said why."""
 
-import logging
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from preprocessing.records import decode, nearest
-from preprocessing.volume import ScanError
 
 from . import outputs, registry, tracking
 from .config import Segment, refuse_unknown_match
-from .errors import UsageError, is_users
+from .errors import UsageError
 from .finding import find_scans
 from .index import write_index
 from .package import ModelPackage
 from .prediction import Inference, choose_device, refuse_slow_precision
 from .progress import Progress, silent
-from .report import FILE_NAME, Report, as_json, write_whole
-from .results import DONE, ERROR, FAILED, Batch, Row, Work, work_through
-from .scan import Scan, ours
+from .report import FILE_NAME, Report
+from .results import DONE, ERROR, Batch, Row, Work, explained, work_through
+from .scan import Scan
 from .segmentation import EXPLAINED, Model, segment_case
-
-logger = logging.getLogger(__name__)
 
 
 def segment(
@@ -45,7 +40,9 @@ def segment(
         precision=settings.precision,
     )  # fmt: skip
     refuse_slow_precision(how.precision, choose_device(how.device))
-    return work_through(found, out, _Segmenting(package=opened, settings=settings, how=how), progress)
+    return work_through(
+        found.scans, found.left_alone, out, _Segmenting(package=opened, settings=settings, how=how), progress
+    )
 
 
 def _refuse_mistakes(settings: Segment) -> None:
@@ -71,7 +68,7 @@ def open_package(package: Path | str, tracking_uri: str | None = None) -> ModelP
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Segmenting(Work[Report]):
+class _Segmenting(Work[Scan, Report]):
     """Labels and a report for each scan."""
 
     package: ModelPackage
@@ -110,23 +107,8 @@ class _Segmenting(Work[Report]):
 
     def explain(self, scan: Scan, error: Exception, folder: Path) -> Row[Report]:
         """The reason, in error.json; for a fault of ours with what its mender needs."""
-        said = {"message": str(error)}
-        if isinstance(error, ScanError):
-            said |= {"verdict": "refused", "reason": error.reason}
-        record = {
-            "case_id": scan.case_id,
-            "error": type(error).__name__,
-            **said,
-            "package_id": self.package.id,
-            "sources": ", ".join(map(str, scan.paths)),
-        }
-        if not is_users(error):
-            record["message"] = said["message"] = ours(error)
-            record["traceback"] = "".join(traceback.format_exception(error))
-            logger.error("%s: hilum itself failed: %s", scan.case_id, type(error).__name__)
-        folder.mkdir(exist_ok=True)
-        write_whole(folder / ERROR, as_json(record))
-        return Row(case_id=scan.case_id, status=FAILED, error=said)
+        facts = {"package_id": self.package.id, "sources": ", ".join(map(str, scan.paths))}
+        return explained(scan.case_id, error, folder, facts)
 
     def summarise(self, out: Path, rows: Sequence[Row[Report]], left_alone: Mapping[str, str]) -> None:
         labels = [label.name for label in self.package.plan.labels]

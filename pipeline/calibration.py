@@ -172,28 +172,31 @@ BINS = 15
 
 
 def calibration_error(
-    confidence: Float[np.ndarray, " row"], is_right: Bool[np.ndarray, " row"], weight: Float[np.ndarray, " row"]
+    confidence: Float[np.ndarray, " row"],
+    is_right: Bool[np.ndarray, " row"],
+    weight: Float[np.ndarray, " row"],
+    bins: int = BINS,
 ) -> float:
     """How far confidence lies from the share that is right, on average over bins that hold as many rows each.
 
     Bins of even width would put nearly every voxel of a scan into one of them.
     """
-    gaps = np.bincount(_bins(confidence), weights=weight * (confidence - is_right))
+    gaps = np.bincount(_bins(confidence, bins), weights=weight * (confidence - is_right))
     return float(np.abs(gaps).sum() / weight.sum())
 
 
-def _bins(confidence: Float[np.ndarray, " row"]) -> Integer[np.ndarray, " row"]:
-    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, BINS + 1)[1:-1]))
+def _bins(confidence: Float[np.ndarray, " row"], bins: int) -> Integer[np.ndarray, " row"]:
+    edges = np.unique(np.quantile(confidence, np.linspace(0, 1, bins + 1)[1:-1]))
     return np.searchsorted(edges, confidence, side="right")  # equal confidences share a bin
 
 
-def reliability(samples: Sequence[Sample], temperature: float) -> tuple[tuple[float, float], ...]:
+def reliability(samples: Sequence[Sample], temperature: float, bins: int = BINS) -> tuple[tuple[float, float], ...]:
     """How sure the winning class is and how often it is right, in each bin of `calibration_error`; the surest last."""
     likely = [probabilities(sample, temperature) for sample in samples]
     confidence = np.concatenate([each.max(axis=1) for each in likely])
     is_right = np.concatenate([e.argmax(axis=1) == sample.truth for e, sample in zip(likely, samples, strict=True)])
     weight = np.concatenate([sample.weight for sample in samples])
-    number = _bins(confidence)
+    number = _bins(confidence, bins)
     each = np.bincount(number, weights=weight)
     sums = [np.bincount(number, weights=weight * value)[each > 0] / each[each > 0] for value in (confidence, is_right)]
     return tuple((round(float(sure), 6), round(float(right), 6)) for sure, right in zip(*sums, strict=True))

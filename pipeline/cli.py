@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from preprocessing.reading import Reading
 
+    from .results import Batch
     from .scores import Evaluation
 
 DONE, OURS, USERS, SOME_FAILED, STOPPED = 0, 1, 2, 3, 130
@@ -65,6 +66,15 @@ class Verb:
 
 
 def _run(name: str, words: list[str]) -> int:
+    of_group = [verb.split()[1] for verb in VERBS if verb.startswith(f"{name} ")]
+    if of_group:
+        if not words or words[0] in ("-h", "--help", "help"):
+            print("\n".join(_told(f"{name} {word}") for word in of_group))
+            return DONE if words else USERS
+        if words[0] not in of_group:
+            offer = nearest(words[0], of_group) or f"; there are {', '.join(of_group)}."
+            raise UsageError(f"{words[0]!r} is no verb of `hilum {name}`{offer} `hilum {name} --help` explains them.")
+        name, words = f"{name} {words[0]}", words[1:]
     if name not in VERBS:
         raise UsageError(
             f"{name!r} is no verb of hilum{nearest(name, list(VERBS)) or '.'} `hilum --help` lists them all."
@@ -112,13 +122,17 @@ def _parse_error(error: Exception, words: Sequence[str], parser: "ArgumentParser
 
 def _overview() -> str:
     lines = ["hilum: from a folder of scans to a tracked, explainable, deployable segmentation model.", ""]
-    lines += [f"  hilum {verb.usage}\n      {verb.does}" for verb in VERBS.values()]
+    lines += [_told(name) for name in VERBS]
     lines += [
         "",
         "`hilum VERB --help` lists every option; each can also stand in a YAML file given by --config.",
         "Exit codes: 0 all done, 1 our fault, 2 your input, 3 some cases failed, 130 stopped.",
     ]
     return "\n".join(lines)
+
+
+def _told(name: str) -> str:
+    return f"  hilum {VERBS[name].usage}\n      {VERBS[name].does}"
 
 
 def _options(parser: "ArgumentParser", settings: type) -> None:
@@ -178,7 +192,7 @@ def _demo(said: "Namespace") -> int:
 
     made = demo(said.out, said.minutes, Bar())
     print(where_to_look(made))
-    return SOME_FAILED if made.batch.failed else DONE
+    return SOME_FAILED if made.batch.failed or made.slides.batch.failed else DONE
 
 
 def _describe_dataset(parser: "ArgumentParser") -> None:
@@ -445,6 +459,79 @@ def _compare(said: "Namespace") -> int:
     return DONE
 
 
+def _describe_slides_features(parser: "ArgumentParser") -> None:
+    from .config import SlideFeatures
+
+    parser.add_argument(
+        "slides", type=Path, nargs="+", help="Slides, DICOM series folders, or trees of any mix of them."
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="A file of features per slide, summary.csv, summary.json."
+    )
+    _options(parser, SlideFeatures)
+
+
+def _slides_features(said: "Namespace") -> int:
+    from .config import SlideFeatures
+
+    settings = _decoded(SlideFeatures, said)
+    from .slides.features import extract
+
+    return _told_of_slides(extract(said.slides, said.out, settings, Bar()), said.out / "summary.csv")
+
+
+def _told_of_slides(batch: "Batch", where: Path) -> int:
+    for row in batch.failed:
+        _say(f"{row.case_id}: {row.message}")
+    _say(f"{batch.told()}; see {where}")
+    return SOME_FAILED if batch.failed else DONE
+
+
+def _describe_slides_train(parser: "ArgumentParser") -> None:
+    from .config import SlideTraining
+
+    parser.add_argument("features", type=Path, help="The folder `slides features` wrote.")
+    parser.add_argument("labels", type=Path, help="A CSV with a row per slide: slide, patient, label.")
+    parser.add_argument("--out", type=Path, required=True, help="The package to make: a new folder.")
+    _options(parser, SlideTraining)
+
+
+def _slides_train(said: "Namespace") -> int:
+    from .config import SlideTraining
+
+    settings = _decoded(SlideTraining, said)
+    from .slides.package import card
+    from .slides.training import train_slides
+
+    package = train_slides(said.features, said.labels, said.out, settings, Bar())
+    print(card(package.record))
+    use = f"hilum slides classify SLIDES --package {said.out} --out DIR"
+    _say(f"package {said.out}, id {package.id[:12]}. Use it: {use}")
+    return DONE
+
+
+def _describe_slides_classify(parser: "ArgumentParser") -> None:
+    from .config import SlideClassify
+
+    parser.add_argument(
+        "slides", type=Path, nargs="+", help="Slides, DICOM series folders, or trees of any mix of them."
+    )
+    parser.add_argument("--package", type=Path, required=True, help="A package `slides train` made.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="A folder per slide, summary.csv, summary.json, index.html."
+    )
+    _options(parser, SlideClassify)
+
+
+def _slides_classify(said: "Namespace") -> int:
+    from .config import SlideClassify
+
+    settings = _decoded(SlideClassify, said)
+    from .slides.classification import classify
+
+    return _told_of_slides(classify(said.slides, said.package, said.out, settings, Bar()), said.out / "index.html")
+
+
 def _describe_ui(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--tracking_uri",
@@ -538,6 +625,24 @@ VERBS = {
         does="Packages and evaluations beside each other: scores with intervals, paired tests, what was set differently.",
         describe=_describe_compare,
         act=_compare,
+    ),
+    "slides features": Verb(
+        usage="slides features SLIDES... --out FEATURES [--encoder timm:NAME@WEIGHTS]",
+        does="Finds tissue, lays tiles at a stated resolution, writes their features: one file per slide.",
+        describe=_describe_slides_features,
+        act=_slides_features,
+    ),
+    "slides train": Verb(
+        usage="slides train FEATURES LABELS.csv --out PACKAGE [--network acmil]",
+        does="Trains on slides with one label each, cross-validated by patient inside and out; tracked in MLflow.",
+        describe=_describe_slides_train,
+        act=_slides_train,
+    ),
+    "slides classify": Verb(
+        usage="slides classify SLIDES... --package PACKAGE --out DIR",
+        does="Classifies slides: a table, and per slide a heatmap that adds up to the answer, top tiles and a page.",
+        describe=_describe_slides_classify,
+        act=_slides_classify,
     ),
     "ui": Verb(
         usage="ui [--tracking_uri URI] [--port 5000]",

@@ -126,6 +126,130 @@ class Segment:
         return reading_of(self.allow, self.match)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlideFeatures:
+    """How slides are cut into tiles, and what makes features of them."""
+
+    encoder: str = "hilum_texture"
+    """hilum_texture (nothing to download; only for trying out), timm:NAME where its weights are on this machine already,
+    timm:NAME@WEIGHTS with a file of them, or timm:FOLDER with a model's config.json and weights."""
+    tile_um: float = 112.0
+    """Side of a tile in micrometres: what 224 pixels at 0.5 µm are."""
+    tile_px: int = 224
+    """Side of the picture of a tile that the encoder is shown."""
+    step_um: float | None = None
+    """From one tile to the next; by default tile_um, so that none overlap."""
+    least_tissue: float = 0.5
+    """Share of a tile that must be tissue for it to count."""
+    microns_per_pixel: float | None = None
+    """Of level 0 of every slide, instead of what its file says, if anything."""
+    resolutions: Path | None = None
+    """The same slide by slide: a CSV with the columns slide and microns_per_pixel."""
+    workers: int | None = None
+    """Threads that read tiles while the encoder runs; by default one per core. The files do not depend on it."""
+    batch: int = 64
+    """Tiles that the encoder is shown at once."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("tile_um", "tile_px", "step_um", "microns_per_pixel", "workers", "batch"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        if not 0 <= self.least_tissue <= 1:
+            raise ValueError(f"least_tissue is {self.least_tissue}; it is a share, from 0 to 1.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideTraining:
+    """A model for slides: nested cross-validation by patient, then the members of the package."""
+
+    network: str = "acmil"
+    """A file of networks/ that takes bags: abmil, clam, acmil, dsmil, transmil."""
+    network_options: dict[str, Any] = field(default_factory=dict)
+    """Settings of that network, e.g. {branches: 2}; its own file says which there are."""
+    folds: int = 5
+    """Outer folds: each is predicted once, by networks that its patients had no part in, and that is what is reported."""
+    inner_folds: int = 3
+    """Trainings inside each outer fold, and members of the package: each holds a part of the patients out to choose its
+    checkpoint by."""
+    epochs: int | None = None
+    """By default so many that every training sees about 4,000 slides, between 20 and 200."""
+    learning_rate: float = 5e-4
+    """At the start; it falls to zero along a cosine."""
+    weight_decay: float = 1e-5
+    """Of AdamW."""
+    batch: int = 4
+    """Slides per step, of any sizes."""
+    entropy_weight: float = 0.0
+    """Keeps attention wide (AEM): 0.001 to 0.2 in its paper, tuned; falls to zero over the training. 0: off."""
+    entropy_top: int = 0
+    """AEM of this many of the strongest tiles alone; 0: of all."""
+    slide_column: str = "slide"
+    """The column of LABELS.csv with the slides' names."""
+    patient_column: str = "patient"
+    """The column that says whose each slide is; the slide column where every slide is of another patient."""
+    label_column: str = "label"
+    """The column with the class."""
+    seed: int = 0
+    """The same seed gives, on a CPU, the same weights. The folds follow from slides and patients alone."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    resume: bool = False
+    """Go on with the unfinished training of this package: what was finished is not done again."""
+    tracking_uri: str | None = None
+    """Where MLflow keeps runs: a file (sqlite:///…), a server (http://…) or a database; by default hilum's home."""
+    experiment: str | None = None
+    """The MLflow experiment; by default the name of the package."""
+
+    def __post_init__(self) -> None:
+        for name in ("folds", "inner_folds"):
+            if getattr(self, name) < 2:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; it must be 2 or more: one part is held out, others teach."
+                )
+        for name in ("epochs", "learning_rate", "batch"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        for name in ("weight_decay", "entropy_weight", "entropy_top"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlideClassify:
+    """Slides through a package."""
+
+    features: Path | None = None
+    """Where `hilum slides features` left files; slides whose file there is of this slide and by the package's recipe are not
+    encoded again."""
+    encoder: str = ""
+    """The package's own encoder, with its weights: timm:NAME@WEIGHTS. By default the name the package has for it; another
+    one is refused."""
+    top_tiles: int = 12
+    """Tiles that are shown by themselves because they add most; half as many of those that speak most against it."""
+    microns_per_pixel: float | None = None
+    """Of level 0 of every slide, instead of what its file says, if anything."""
+    resolutions: Path | None = None
+    """The same slide by slide: a CSV with the columns slide and microns_per_pixel."""
+    workers: int | None = None
+    """Threads that read tiles while the encoder runs; by default one per core."""
+    batch: int = 64
+    """Tiles that the encoder is shown at once."""
+    seed: int = 0
+    """Of the random removals that every heatmap is tested against."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+
+    def __post_init__(self) -> None:
+        for name in ("top_tiles", "microns_per_pixel", "workers", "batch"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+
+
 def reading_of(allow: Sequence[str], match: str) -> Reading:
     """The settings of reading, the same whatever the order of the words."""
     return Reading(allow=tuple(sorted({word.strip() for word in allow} - {""})), match=match)

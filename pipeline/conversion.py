@@ -72,11 +72,13 @@ def convert(
     """Write every scan found as NIfTI, with the verdict beside it, refused ones too. One bad case never stops the rest."""
     refuse_unknown_match(reading, channels)
     found = find_scans(scans, channels, out)
-    return work_through(found, out, _Converting(reading=reading, channels=tuple(channels)), progress)
+    return work_through(
+        found.scans, found.left_alone, out, _Converting(reading=reading, channels=tuple(channels)), progress
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Converting(Work[Conversion]):
+class _Converting(Work[Scan, Conversion]):
     """An image and a verdict for each scan."""
 
     reading: Reading

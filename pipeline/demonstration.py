@@ -19,6 +19,7 @@ from .planning import plan
 from .progress import Progress, silent
 from .report import Report, millilitres
 from .results import Batch
+from .slides.demonstration import SlideDemo, demo_slides
 from .training import train
 
 TRAINED, UNSEEN = range(1, 21), range(101, 105)
@@ -35,10 +36,11 @@ class Demo:
     tracking_uri: str
     known_ml: dict[str, dict[str, float]]
     """Per unseen patient: the exact millilitres of each label, by geometry."""
+    slides: SlideDemo
 
 
 def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
-    """Make patients, check, plan, train, segment unseen ones from DICOM and NIfTI, evaluate; all of it inside `out`."""
+    """Make patients, check, plan, train, segment unseen ones from DICOM and NIfTI, evaluate; then whole slides. All of it inside `out`."""
     if out.exists() and any(out.iterdir()):
         raise UsageError(f"{out} is not empty; the demo needs a new folder. Remove it, or give another --out.")
     dataset, unseen, references = out / "dataset", out / "unseen", out / "references"
@@ -54,7 +56,8 @@ def demo(out: Path, minutes: float = 2.25, progress: Progress = silent) -> Demo:
     batch = segment([unseen], "models:/phantoms@latest", out / "segmented", Segment(tracking_uri=uri), progress)
     scores = evaluate(out / "segmented", references, out / "evaluation.json")
     known = {f"phantom_{seed:03d}": body(seed).known_ml() for seed in UNSEEN}
-    return Demo(folder=out, evaluation=scores, batch=batch, tracking_uri=uri, known_ml=known)
+    slides = demo_slides(out / "slides", uri, progress)
+    return Demo(folder=out, evaluation=scores, batch=batch, tracking_uri=uri, known_ml=known, slides=slides)
 
 
 def write_dataset(folder: Path, patients: Sequence[int], progress: Progress) -> None:
@@ -113,10 +116,12 @@ def where_to_look(made: Demo) -> str:
     lines += [
         "",
         f"mean Dice on patients it had never seen: {made.evaluation.mean_dice:.3f}",
+        made.slides.told(),
         "",
         "look at",
         f"  {folder / 'segmented' / 'index.html'}    every unseen patient: picture, millilitres, warnings",
         f"  {folder / 'package' / 'card.md'}         the trained package, and what it is worth",
+        f"  {folder / 'slides' / 'classified' / 'index.html'}    every unseen slide: answer, heatmap, tiles",
         f"  {folder / 'plan.yaml'}              how the scans are prepared, each number with its reason",
         f"  hilum ui --tracking_uri {made.tracking_uri}    the run in MLflow: curves, pictures",
     ]

@@ -8,6 +8,7 @@ from preprocessing import dicom, files
 from preprocessing.plan import Plan
 from preprocessing.verdict import Verdict
 
+from . import seal
 from .checking import judge
 from .conversion import VERDICT, Conversion
 from .errors import UsageError
@@ -15,6 +16,7 @@ from .finding import find_scans
 from .outputs import measurements, page
 from .package import ModelPackage, card
 from .report import Report, millilitres, told
+from .slides import package as slide_packages
 from .verdicts import table
 
 
@@ -41,8 +43,13 @@ def show(path: Path, plan: Path | None = None) -> str:
 
 
 def _package(folder: Path) -> str:
-    package = ModelPackage.load(folder)
-    return f"{card(package.record)}\nid {package.id}\nEvery byte is as it was packed."
+    if seal.kind_of(folder) in slide_packages.KINDS:
+        of_slides = slide_packages.SlidePackage.load(folder)
+        written, sealed = slide_packages.card(of_slides.record), of_slides.id
+    else:
+        package = ModelPackage.load(folder)
+        written, sealed = card(package.record), package.id
+    return f"{written}\nid {sealed}\nEvery byte is as it was packed."
 
 
 def _report(path: Path) -> str:

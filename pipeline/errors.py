@@ -4,6 +4,7 @@
     ├── UnreadableScan                                              damaged, no scan, or silent about where it lies
     ├── GeometryMismatch                                            two volumes that must share a grid do not
     ├── MissingChannel                                              other channels than were trained on
+    ├── SlideError                      preprocessing/slides/source.py  a slide, or one place of it, cannot be used
     └── DatasetError                    preprocessing/declared.py   a folder is no dataset, or cases in it do not fit
     BadRecord (ValueError)              preprocessing/records.py    a plan, package or config says what nobody knows
     UnknownNetwork (LookupError)        networks/__init__.py        no file of that name in networks/
@@ -15,6 +16,7 @@
     CacheError (OSError)                pipeline/errors.py          prepared cases cannot be written or read
     UsageError (ValueError)             pipeline/errors.py          a command line or its files make no sense
     ├── UnreadableReport                pipeline/report.py          a report is damaged or is none
+    │   └── UnreadableFeatures          pipeline/slides/feature_file.py  a file of features is damaged or is none
     └── NothingToEvaluate               pipeline/references.py      no prediction has a reference
     Interrupted (BaseException)         pipeline/errors.py          stopped from outside; what was done is kept
 

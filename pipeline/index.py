@@ -148,10 +148,10 @@ def _page(rows: Sequence[Row[Report]], labels: Sequence[str], left_alone: dict[s
             f"<h1>{text(title)}</h1>",
             '<p class="quiet">for research, not for diagnosis · <a href="summary.csv">summary.csv</a> · '
             '<a href="summary.json">summary.json</a></p>',
-            _counted(rows, left_alone),
+            counted(rows, left_alone),
             f'<div class="wide"><table>{_head(labels)}<tbody>'
             f"{''.join(_row(row, labels) for row in failed_first)}</tbody></table></div>",
-            _left_alone(left_alone),
+            left_alone_table(left_alone),
             f"<footer>hilum {text(hilum_version())} · for research, not for diagnosis</footer>",
         ]
     )
@@ -159,7 +159,7 @@ def _page(rows: Sequence[Row[Report]], labels: Sequence[str], left_alone: dict[s
     return document(title, body, style=STYLE, script=SCRIPT, pictures="'self' file:")
 
 
-def _counted(rows: Sequence[Row[Report]], left_alone: dict[str, str]) -> str:
+def counted(rows: Sequence[Row], left_alone: dict[str, str]) -> str:
     found = counts(rows) | ({"left alone": len(left_alone)} if left_alone else {})
     items = (
         f'<li class="{_kind(status) if number else "none"}"><b>{number}</b>{text(status)}</li>'
@@ -235,7 +235,7 @@ def _reason(row: Row[Report]) -> str:
     return "<br>".join([*failed, *map(text, said)])
 
 
-def _left_alone(left_alone: dict[str, str]) -> str:
+def left_alone_table(left_alone: dict[str, str]) -> str:
     if not left_alone:
         return ""
     rows = "".join(

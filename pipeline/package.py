@@ -1,25 +1,21 @@
 """A trained model as a folder a person can read: package.json, weights-fold0.safetensors, card.md. Never a pickle."""
 
-import fcntl
-import hashlib
-import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from preprocessing.plan import Plan
-from preprocessing.records import BadRecord, decode, encode
+from preprocessing.records import BadRecord, decode
 
+from . import seal
 from .calibration import Calibration
 from .errors import DamagedPackage, PackageError
 from .postprocessing import Chosen, HeldOut, Rule, choose
-from .report import hilum_version, recover, swap
+from .report import hilum_version, recover
 
 if TYPE_CHECKING:
     from torch import nn
@@ -121,50 +117,25 @@ class ModelPackage:
     @staticmethod
     def load(folder: Path) -> "ModelPackage":
         """The package in that folder; refused when a byte of it changed."""
-        recover(folder)
-        path = folder / "package.json"
-        if not path.is_file():
-            raise PackageError(
-                f"{folder} holds no package.json; a finished package is needed. Train one with `hilum train`, or finish "
-                "an unfinished training with `--resume`."
-            )
-        try:
-            raw = path.read_text()
-            said = json.loads(raw)
-            _refuse_other_formats(folder, said)
-            record = decode(Package, said, where="package.json")
-        except OSError as error:
-            raise PackageError(
-                f"{path} cannot be opened ({error.strerror}); it must be readable. Mend its permissions."
-            ) from None
-        except (UnicodeDecodeError, json.JSONDecodeError, BadRecord) as error:
-            raise DamagedPackage(f"{path} cannot be read ({error}). {_FETCH_AGAIN}") from None
-        if raw != _rendered(record) or record.id != _seal(record):
-            raise DamagedPackage(f"{path} is not as it was sealed (id {record.id[:12]}). {_FETCH_AGAIN}")
-        for name, sha256 in record.files.items():
-            _verify(folder, name, sha256)
+        record = seal.read(folder, Package, kinds=("scans",), format=FORMAT)
+        path = folder / seal.FILE_NAME
         _refuse_unknown_labels(path, record)
         for fold in record.folds.values():
             if fold.weights not in record.files:
-                raise DamagedPackage(f"{path} names the weights {fold.weights}, which it does not seal. {_FETCH_AGAIN}")
+                raise DamagedPackage(
+                    f"{path} names the weights {fold.weights}, which it does not seal. {seal.FETCH_AGAIN}"
+                )
         return ModelPackage(folder=folder, record=record)
 
     def networks(self) -> list["nn.Module"]:
         """The trained network of every fold, ready to evaluate."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        networks = []
-        for fold in self.record.folds.values():
-            network = build_network(self.record.network, self.record.network_config, self.plan)
-            try:
-                network.load_state_dict(load_file(self.folder / fold.weights), strict=True)
-            except (SafetensorError, RuntimeError) as error:  # sealed so by whoever made it
-                raise DamagedPackage(
-                    f"{fold.weights} holds no weights of this network ({error}). {_FETCH_AGAIN}"
-                ) from None
-            networks.append(network.eval())
-        return networks
+        record = self.record
+        return [
+            seal.read_weights(
+                build_network(record.network, record.network_config, self.plan), self.folder / fold.weights
+            )
+            for fold in record.folds.values()
+        ]
 
 
 def build_network(name: str, config: dict[str, Any], plan: Plan) -> "nn.Module":
@@ -196,45 +167,21 @@ def save(
 
     Post-processing is chosen anew, from the held-out cases of every fold that is there.
     """
-    with _alone(folder):
+    with seal.alone(folder):
         return _saved(folder, network, name, network_name, network_config, plan, str(fold_number), fold)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Folds that end at the same moment wait for each other; the system lets go when the holder is killed."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    parent = os.open(folder.parent, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(parent, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(parent)
 
 
 def _saved(
     folder: Path, network: "nn.Module", name: str, network_name: str, network_config: dict[str, Any], plan: Plan,
     number: str, fold: Fold,
 ) -> ModelPackage:  # fmt: skip
-    from safetensors.torch import save as serialise
-
     recover(folder)
-    before = ModelPackage.load(folder).record if (folder / "package.json").exists() else None
+    before = ModelPackage.load(folder).record if (folder / seal.FILE_NAME).exists() else None
     if before and (before.network, before.network_config, before.plan) != (network_name, network_config, plan):
         raise PackageError(
             f"{folder} was made meanwhile by another plan or network; all folds of a package share both. "
             "Move it away and pack this fold with --resume, or train the others by the plan of the first (--plan)."
         )
-    building = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    if before:
-        for earlier in before.folds.values():
-            shutil.copy2(folder / earlier.weights, building / earlier.weights)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
-    # not by safetensors' own save_file: what it writes is readable by its writer alone
-    (building / fold.weights).write_bytes(serialise(state))
     folds = (before.folds if before else {}) | {number: fold}
     folds = dict(sorted(folds.items(), key=lambda item: (not item[0].isdecimal(), len(item[0]), item[0])))
     record = Package(
@@ -249,11 +196,14 @@ def _saved(
         versions=library_versions(),
         postprocessing=choose(_each_case_once(folds), plan),
     )
-    record = decode(Package, encode(record), where="package.json")  # as it will be read: a whole number may become 3.0
-    (building / "card.md").write_text(card(record))
-    record = replace(record, files={path.name: _sha256(path) for path in sorted(building.iterdir())})
-    (building / "package.json").write_text(_rendered(replace(record, id=_seal(record))))
-    swap(building, folder)
+
+    def fill(building: Path, record: Package) -> None:
+        for earlier in before.folds.values() if before else ():
+            shutil.copy2(folder / earlier.weights, building / earlier.weights)
+        seal.write_weights(network, building / fold.weights)
+        (building / "card.md").write_text(card(record))
+
+    seal.write(folder, record, fill)
     return ModelPackage.load(folder)
 
 
@@ -371,19 +321,7 @@ def _mean_dice(record: Package, label: str) -> str:
 
 def library_versions() -> dict[str, str]:
     """Of the libraries whose numbers end up in a prediction."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "pydicom")}
-
-
-def _refuse_other_formats(folder: Path, said: Any) -> None:
-    """Before anything else is read of it: another format has other words."""
-    found = said.get("format") if isinstance(said, dict) else None
-    if isinstance(found, int) and found != FORMAT:
-        raise PackageError(
-            f"{folder} was written in format {found} by hilum {said.get('hilum', 'of an unknown version')}; this hilum "
-            f"({hilum_version()}) reads format {FORMAT}. Segment with the hilum that made it, or train it again with this one."
-        )
+    return seal.versions_of(("torch", "monai", "numpy", "scipy", "nibabel", "SimpleITK", "pydicom"))
 
 
 def _refuse_unknown_labels(path: Path, record: Package) -> None:
@@ -391,30 +329,6 @@ def _refuse_unknown_labels(path: Path, record: Package) -> None:
     names = {label.name for label in record.plan.labels} | {""}
     unknown = sorted({chosen.rule.label for chosen in record.postprocessing} - names)
     if unknown:
-        raise DamagedPackage(f"{path} has rules for {', '.join(unknown)}, which its plan does not know. {_FETCH_AGAIN}")
-
-
-_FETCH_AGAIN = "A package must be byte for byte what was written: fetch it again from where it came."
-
-
-def _verify(folder: Path, name: str, sha256: str) -> None:
-    path = folder / name
-    if Path(name).name != name or not path.is_file():
-        raise DamagedPackage(f"{folder} lacks {name}, which its package.json lists. {_FETCH_AGAIN}")
-    if not os.access(path, os.R_OK):
-        raise PackageError(f"{path} may not be read by this user; it must be. Mend its permissions.")
-    if _sha256(path) != sha256:
-        raise DamagedPackage(f"{path} changed since it was packed (sha256 differs). {_FETCH_AGAIN}")
-
-
-def _rendered(record: Package) -> str:
-    return json.dumps(encode(record), indent=2, ensure_ascii=False) + "\n"
-
-
-def _seal(record: Package) -> str:
-    return hashlib.sha256(json.dumps(encode(replace(record, id="")), sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        raise DamagedPackage(
+            f"{path} has rules for {', '.join(unknown)}, which its plan does not know. {seal.FETCH_AGAIN}"
+        )

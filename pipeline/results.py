@@ -1,20 +1,25 @@
 """A folder of results: each case by itself, whole or not at all, never over another's, and never done twice."""
 
 import fcntl
+import logging
 import shutil
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from .errors import UsageError, stopped_by_signals
-from .finding import Finds
+from preprocessing.volume import ScanError
+
+from .errors import UsageError, is_users, stopped_by_signals
 from .progress import Progress
-from .report import UnreadableReport, recover, swap
-from .scan import Scan
+from .report import UnreadableReport, as_json, recover, swap, write_whole
+from .scan import ours
+
+logger = logging.getLogger(__name__)
 
 SUMMARY_SECONDS = 20
 """The summary is written at least so often, so that a night can be watched."""
@@ -24,6 +29,17 @@ SKIPPED = "skipped as complete"
 EARLIER = "from an earlier run"
 ERROR = "error.json"
 
+
+@runtime_checkable
+class Case(Protocol):
+    """What a run works on: a scan, a slide."""
+
+    @property
+    def case_id(self) -> str:
+        """Also the name of its folder."""
+
+
+Input = TypeVar("Input", bound=Case)
 Record = TypeVar("Record")
 """What is written of a case that succeeded: a report, a verdict."""
 
@@ -76,8 +92,8 @@ def counts(rows: Sequence[Row]) -> dict[str, int]:
     return found
 
 
-class Work(ABC, Generic[Record]):
-    """What a verb makes of each scan, and how it knows its own results again."""
+class Work(ABC, Generic[Input, Record]):
+    """What a verb makes of each scan or slide, and how it knows its own results again."""
 
     stage: str
     """For the progress bar."""
@@ -95,41 +111,52 @@ class Work(ABC, Generic[Record]):
         """Whether nothing would be gained by doing it again."""
 
     @abstractmethod
-    def other(self, result: Record, scan: Scan) -> str:
+    def other(self, result: Record, scan: Input) -> str:
         """'of another scan of the same name', say, or nothing where the result is this scan's own."""
 
     @abstractmethod
-    def make(self, scan: Scan, folder: Path) -> Row[Record]:
+    def make(self, scan: Input, folder: Path) -> Row[Record]:
         """The result, its files in this folder."""
 
     @abstractmethod
-    def explain(self, scan: Scan, error: Exception, folder: Path) -> Row[Record]:
+    def explain(self, scan: Input, error: Exception, folder: Path) -> Row[Record]:
         """Why there is none, beside where it would be."""
+
+    def ahead(self, looked_at: "Iterator[LookedAt[Input, Record]]") -> "Iterator[LookedAt[Input, Record]]":
+        """The same, one after the other; who reads ahead takes a few before giving the first away."""
+        return looked_at
 
     @abstractmethod
     def summarise(self, out: Path, rows: Sequence[Row[Record]], left_alone: Mapping[str, str]) -> None:
         """All cases of the folder, for the morning."""
 
 
-def work_through(found: Finds, out: Path, work: Work[Record], progress: Progress) -> Batch[Record]:
-    """Every scan once, its result in a folder of its own below `out`. One bad case never stops the rest."""
+LookedAt = tuple[Input, Row[Record] | None]
+"""A case, and its row where it need not be done again."""
+
+
+def work_through(
+    cases: Sequence[Input], left_alone: Mapping[str, str], out: Path, work: Work[Input, Record], progress: Progress
+) -> Batch[Record]:
+    """Every case once, its result in a folder of its own below `out`. One bad case never stops the rest."""
     out.mkdir(parents=True, exist_ok=True)
     with _alone_in(out), stopped_by_signals("complete cases are kept. The same command goes on from there."):
-        rows = list(_earlier(out, work, {scan.case_id for scan in found.scans}))
+        rows = list(_earlier(out, work, {case.case_id for case in cases}))
         written = time.monotonic()
         try:
-            for done, scan in enumerate(found.scans, start=1):
-                rows.append(_complete(scan, work, out) or _isolated(scan, work, out))
-                progress(work.stage, done, len(found.scans), f"{sum(r.status == FAILED for r in rows)} failed")
+            looked_at = ((case, _complete(case, work, out)) for case in cases)
+            for done, (case, complete) in enumerate(work.ahead(looked_at), start=1):
+                rows.append(complete or _isolated(case, work, out))
+                progress(work.stage, done, len(cases), f"{sum(r.status == FAILED for r in rows)} failed")
                 if time.monotonic() - written > SUMMARY_SECONDS:
-                    work.summarise(out, rows, found.left_alone)
+                    work.summarise(out, rows, left_alone)
                     written = time.monotonic()
         finally:
-            work.summarise(out, rows, found.left_alone)
+            work.summarise(out, rows, left_alone)
     return Batch(folder=out, rows=tuple(rows))
 
 
-def _earlier(out: Path, work: Work[Record], current: set[str]) -> Iterator[Row[Record]]:
+def _earlier(out: Path, work: Work[Input, Record], current: set[str]) -> Iterator[Row[Record]]:
     """Complete cases that lie there from runs over other scans: the summary is of the folder, not of the command."""
     for path in sorted(out.glob(f"[!.]*/{work.mark}")):
         if path.parent.name not in current:
@@ -138,7 +165,7 @@ def _earlier(out: Path, work: Work[Record], current: set[str]) -> Iterator[Row[R
                     yield replace(row, status=EARLIER)
 
 
-def _complete(scan: Scan, work: Work[Record], out: Path) -> Row[Record] | None:
+def _complete(scan: Input, work: Work[Input, Record], out: Path) -> Row[Record] | None:
     """The row of a case that need not be done again: same input, and everything that was asked for is there."""
     folder = out / scan.case_id
     recover(folder)
@@ -158,7 +185,7 @@ def _result(row: Row[Record] | None) -> Record | None:
     return row.report if row and row.status != FAILED else None
 
 
-def _isolated(scan: Scan, work: Work[Record], out: Path) -> Row[Record]:
+def _isolated(scan: Input, work: Work[Input, Record], out: Path) -> Row[Record]:
     """One case; whatever goes wrong with it stays with it."""
     started = time.monotonic()
     building, folder = out / f".{scan.case_id}.partial", out / scan.case_id
@@ -174,7 +201,22 @@ def _isolated(scan: Scan, work: Work[Record], out: Path) -> Row[Record]:
     return replace(row, seconds=round(time.monotonic() - started, 3))
 
 
-def _refuse_other_result(scan: Scan, work: Work[Record], folder: Path) -> None:
+def explained(case_id: str, error: Exception, folder: Path, facts: Mapping[str, str]) -> Row:
+    """A row that failed, and error.json: the reason, these facts, and for a fault of ours what its mender needs."""
+    said = {"message": str(error)}
+    if isinstance(error, ScanError):
+        said |= {"verdict": "refused", "reason": error.reason}
+    record = {"case_id": case_id, "error": type(error).__name__, **said, **facts}
+    if not is_users(error):
+        record["message"] = said["message"] = ours(error)
+        record["traceback"] = "".join(traceback.format_exception(error))
+        logger.error("%s: hilum itself failed: %s", case_id, type(error).__name__)
+    folder.mkdir(exist_ok=True)
+    write_whole(folder / ERROR, as_json(record))
+    return Row(case_id=case_id, status=FAILED, error=said)
+
+
+def _refuse_other_result(scan: Input, work: Work[Input, Record], folder: Path) -> None:
     """Never write over what was said of another scan, or by another package, nor over what is not ours."""
     result = _result(work.found(folder))
     if result is None:

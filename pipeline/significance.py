@@ -44,7 +44,7 @@ def interval(values: Float[np.ndarray, " case"]) -> tuple[float, float] | None:
     """Where the mean lies, with 95 % confidence; None of fewer than five cases."""
     if len(values) < FEWEST_CASES:
         return None
-    low, high = np.percentile(_weights(len(values)) @ values, [2.5, 97.5])
+    low, high = np.percentile(resamples(len(values)) @ values, [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -53,7 +53,7 @@ def interval_of_mean(of: Mapping[str, Mapping[str, float | None]]) -> tuple[floa
     table = _table(of)
     if len(table) < FEWEST_CASES:
         return None
-    weights, known = _weights(len(table)), ~np.isnan(table)
+    weights, known = resamples(len(table)), ~np.isnan(table)
     share = weights @ known
     with np.errstate(invalid="ignore"):  # a resample without a case of some rare label
         means = (weights @ np.where(known, table, 0)) / np.where(share > 0, share, np.nan)
@@ -70,7 +70,7 @@ def _table(of: Mapping[str, Mapping[str, float | None]]) -> Float[np.ndarray, "c
 
 
 @lru_cache(maxsize=8)
-def _weights(cases: int) -> Float[np.ndarray, "resample case"]:
+def resamples(cases: int) -> Float[np.ndarray, "resample case"]:
     """How much each case weighs in each resample: a mean becomes a product."""
     rng = np.random.default_rng(SEED)
     drawn = rng.multinomial(cases, np.full(cases, 1 / cases), size=RESAMPLES)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, final
 
@@ -23,6 +24,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from . import heartbeat
+from .errors import Interrupted, stopped_by_signals
 from .report import hilum_version
 
 if TYPE_CHECKING:
@@ -281,6 +283,27 @@ def open_run(
     for key, value in tags.items():
         tracker.tag(key, value)
     return tracker
+
+
+@contextmanager
+def ended_honestly(tracker: Tracker) -> Iterator[None]:
+    """The run in MLflow ends as the training did: finished, failed, or killed by Ctrl-C or a scheduler's SIGTERM."""
+    with stopped_by_signals("what is on disk is kept. Go on with --resume."):
+        try:
+            yield
+        except (KeyboardInterrupt, Interrupted):
+            tracker.finish("KILLED")
+            raise
+        except BaseException:
+            tracker.finish("FAILED")
+            raise
+        tracker.finish("FINISHED")
+
+
+def environment() -> str:
+    """Every distribution that is installed, as pip takes it."""
+    found = {(one.metadata["Name"] or "").lower(): one.version for one in metadata.distributions()}
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name)
 
 
 def end_the_dead(uri: str) -> list[str]:

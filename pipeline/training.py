@@ -5,9 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
@@ -21,7 +19,7 @@ from preprocessing.records import encode, nearest
 from . import registry, scoresheet, slurm, tracking
 from .cache import PreparedCase, cached
 from .config import Train, refuse_unknown_match
-from .errors import Interrupted, UsageError, stopped_by_signals
+from .errors import UsageError, stopped_by_signals
 from .exhibits import LARGEST, Exhibit, exhibits
 from .fitting import Training, fit
 from .folds import fold_cases, split
@@ -61,7 +59,7 @@ def train(dataset: Path, out: Path, settings: Train = Train(), progress: Progres
         workshop.begin(job, fingerprint)
     by_id = _prepared(opened, job, settings, progress)
     tracker = _open_tracker(job, settings, workshop)
-    with _ended_honestly(tracker):
+    with tracking.ended_honestly(tracker):
         module = fit(job, settings, by_id, workshop, tracker, progress, began)
         held_out = [files for files in opened.cases if files.id in set(job.held_out)]
         scoring = time.monotonic()
@@ -128,7 +126,7 @@ def _last_steps(package: ModelPackage, settings: Train, workshop: Workshop) -> M
     job = workshop.resumed_job()
     refuse_other_settings(job, settings)
     tracker = _open_tracker(job, settings, workshop)
-    with _ended_honestly(tracker):
+    with tracking.ended_honestly(tracker):
         _tell(package, settings, tracker)
         is_registered = _register(package, tracker)
     if is_registered:
@@ -248,29 +246,8 @@ def _open_tracker(job: Job, settings: Train, workshop: Workshop) -> tracking.Tra
     for name in ("plan.yaml", "fingerprint.json"):  # every time: the run before may have been killed just before this
         tracker.text((workshop.folder / name).read_text(), name)
     tracker.text(json.dumps(job.settings, indent=2), "settings.json")
-    tracker.text(_environment(), "environment.txt")
+    tracker.text(tracking.environment(), "environment.txt")
     return tracker
-
-
-def _environment() -> str:
-    """Every distribution that is installed, as pip takes it."""
-    found = {(one.metadata["Name"] or "").lower(): one.version for one in metadata.distributions()}
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found.items()) if name)
-
-
-@contextmanager
-def _ended_honestly(tracker: tracking.Tracker) -> Iterator[None]:
-    """The run in MLflow ends as the training did: finished, failed, or killed by Ctrl-C or a scheduler's SIGTERM."""
-    with stopped_by_signals("what is on disk is kept. Go on with --resume."):
-        try:
-            yield
-        except (KeyboardInterrupt, Interrupted):
-            tracker.finish("KILLED")
-            raise
-        except BaseException:
-            tracker.finish("FAILED")
-            raise
-        tracker.finish("FINISHED")
 
 
 def _alive(progress: Progress, tracker: tracking.Tracker) -> Progress:

@@ -1,6 +1,7 @@
 """An unfinished training on disk: what it is made of, decided once, and where it stands. A resumed run reads both."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,12 @@ def decisive(settings: Train) -> dict[str, Any]:
 
 
 def refuse_other_settings(job: Job, settings: Train) -> None:
-    changed = [name for name, value in decisive(settings).items() if job.settings.get(name) != value]
+    refuse_changed(job.settings, decisive(settings))
+
+
+def refuse_changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Settings that decide the weights stay what they were when a training began."""
+    changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
         raise UsageError(
             f"the unfinished training was started with other settings ({', '.join(changed)}); --resume goes on with the "

@@ -24,6 +24,8 @@ REASONS = {
     "damaged": "bytes are missing, changed or too many",
     "no_scan": "it is something else than a scan",
     "no_geometry": "nothing says where its voxels lie",
+    "resolution": "nothing believable says how large its pixels are, or they are too large for what is asked",
+    "no_tissue": "there is no tissue on it",
     "contradiction": "it says two things that cannot both be true",
     "missing_slices": "slices lack in between",
     "duplicate_slices": "several slices lie at one place",

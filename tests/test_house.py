@@ -12,12 +12,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Segment, Train
+from pipeline.config import Segment, SlideClassify, SlideFeatures, SlideTraining, Train
 from preprocessing.records import decode
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 FLOORS = ("pipeline", "networks", "preprocessing", "kernels")
-CONFIGS = {"train": Train, "segment": Segment}
+CONFIGS = {
+    "train": Train, "segment": Segment, "slides-features": SlideFeatures, "slides-train": SlideTraining,
+    "slides-classify": SlideClassify,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("floor", [*FLOORS, "configs"])
@@ -71,7 +74,7 @@ def test_every_module_of_the_four_floors_is_on_the_map() -> None:
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_file_says_what_its_verb_knows_and_nothing_else(path: Path) -> None:
     verb = path.name.split("_")[0]
-    assert verb in CONFIGS, "a file in configs/ begins with the verb it is for: train_ or segment_"
+    assert verb in CONFIGS, "a file in configs/ begins with the verb it is for: train_, segment_, slides-train_"
     decode(CONFIGS[verb], yaml.safe_load(path.read_text()), where=path.name)
 
 

@@ -5,14 +5,19 @@
 
 Blocks are put together as their softmaxes are: with the log-sums l_p of the parts p of a bag and l = logsumexp over them,
 pooled = sum of exp(l_p - l) pooled_p, entropy = sum of exp(l_p - l) (entropy_p + l - l_p).
+
+What each tile adds to an answer comes from the same pass: whatever `attend` gives beyond those four has a row for each
+tile, and comes back whole.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from kernels import gated_pooling
@@ -103,34 +108,72 @@ class GatedAttention(nn.Module):
 def pooled_in_blocks(
     bags: Bags,
     project: Callable[[Tensor], Tensor],
-    attend: Callable[[Tensor, Tensor, Tensor | None], Pooled],
+    attend: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, ...]],
     mask: Bool[Tensor, "tile branch"] | None = None,
-) -> Pooled:
-    """`attend` over the projected bags, a block of tiles at a time; only results of blocks are kept for the backward pass."""
+) -> tuple[Tensor, ...]:
+    """`attend` over the projected bags, a block of tiles at a time; only results of blocks are kept for the backward pass.
+
+    The bags' vectors, raw scores, entropy and log-sums, then what more `attend` gave of each tile."""
     parts, bag_of_part = [], []
     for start, end, offsets, owners in _blocks(bags):
         part = None if mask is None else mask[start:end]
-        parts.append(_again(_one_block, project, attend, bags.features[start:end], offsets, part))
+        parts.append(again(_one_block, project, attend, bags.features[start:end], offsets, part))
         bag_of_part += owners
-    pooled, scores, entropy, log_sums = (torch.cat(one) for one in zip(*parts, strict=True))
-    return _together(pooled, scores, entropy, log_sums, torch.tensor(bag_of_part, device=pooled.device), len(bags))
+    pooled, scores, entropy, log_sums, *more = (torch.cat(one) for one in zip(*parts, strict=True))
+    bag = torch.tensor(bag_of_part, device=pooled.device)
+    return *_together(pooled, scores, entropy, log_sums, bag, len(bags)), *more
+
+
+def pooled_by_scores(
+    h: Float[Tensor, "tile feature"], scores: Float[Tensor, "tile branch"], offsets: Int[Tensor, " bounds"],
+    mask: Bool[Tensor, "tile branch"] | None = None,
+) -> Pooled:  # fmt: skip
+    """What GatedAttention gives, for scores that no gate made."""
+    counts = torch.ones_like(scores, dtype=torch.bool) if mask is None else mask
+    pooled, entropy, log_sums = [], [], []
+    for start, end in itertools.pairwise(offsets.tolist()):
+        counted, nothing = counts[start:end], ~counts[start:end].any(0)
+        logits = scores[start:end].masked_fill(~counted, -torch.inf).masked_fill(nothing, 0)
+        logs = torch.log_softmax(logits, 0)
+        share = torch.exp(logs)
+        pooled.append((share.T @ h[start:end]).masked_fill(nothing[:, None], torch.nan))
+        entropy.append(-(share * logs.masked_fill(~counted, 0)).sum(0).masked_fill(nothing, torch.nan))
+        log_sums.append(torch.logsumexp(logits, 0).masked_fill(nothing, -torch.inf))
+    return torch.stack(pooled), scores, torch.stack(entropy), torch.stack(log_sums)
+
+
+def cross_entropy(
+    logits: Float[Tensor, "bag class"], labels: Int[Tensor, " bag"],
+    class_weights: Float[Tensor, " class"] | None = None,
+) -> Float[Tensor, ""]:  # fmt: skip
+    """The mean over the bags. Torch would divide by the sum of their weights, and undo the weight of a bag that is alone."""
+    return functional.cross_entropy(logits, labels, class_weights, reduction="sum") / len(labels)
+
+
+PUBLISHED_WIDTHS = {384: 128, 512: 256, 768: 384, 1024: 512, 1536: 768}
+"""What ACMIL and AEM project each encoder's features to: ViT-S, ResNet18 and CLIP, CLIP-L, UNI, GigaPath."""
+
+
+def width_for(features: int) -> int:
+    """The published width for features of that many numbers; half of them for others."""
+    return PUBLISHED_WIDTHS.get(features, max(1, features // 2))
 
 
 def projected_in_blocks(bags: Bags, project: Callable[[Tensor], Tensor]) -> Tensor:
     """`project` of every tile, a block at a time; worth it where the result is much narrower than what leads to it."""
     ends = range(0, len(bags.features), TILES_AT_ONCE)
-    return torch.cat([_again(_projected, project, bags.features[start : start + TILES_AT_ONCE]) for start in ends])
+    return torch.cat([again(_projected, project, bags.features[start : start + TILES_AT_ONCE]) for start in ends])
 
 
 def _projected(project: Callable[[Tensor], Tensor], features: Tensor) -> Tensor:
     return project(features.to(torch.promote_types(features.dtype, torch.float32)))
 
 
-def _one_block(project, attend, features: Tensor, offsets: Tensor, mask: Tensor | None) -> Pooled:
+def _one_block(project, attend, features: Tensor, offsets: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
     return attend(_projected(project, features), offsets, mask)
 
 
-def _again(function, *values):
+def again(function, *values):
     """Done again in the backward pass rather than remembered; dropout draws the same numbers both times."""
     if not torch.is_grad_enabled():
         return function(*values)

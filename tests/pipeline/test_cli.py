@@ -31,16 +31,17 @@ def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
 
 
 def test_every_verb_is_a_function_of_the_same_name() -> None:
-    assert sorted(cli.VERBS) == sorted(pipeline.__all__)
-    for verb in cli.VERBS:
-        assert callable(getattr(pipeline, verb))
+    names = [verb.replace(" ", "_") for verb in cli.VERBS]
+    assert sorted(names) == sorted(pipeline.__all__)
+    for name in names:
+        assert callable(getattr(pipeline, name))
     with pytest.raises(AttributeError):
         _ = pipeline.segmnt
 
 
 @pytest.mark.parametrize("verb", list(cli.VERBS))
 def test_help_of_a_verb_explains_each_of_its_options(verb: str, capsys: Said) -> None:
-    assert main([verb, "--help"]) == 0
+    assert main([*verb.split(), "--help"]) == 0
     told = capsys.readouterr()
     assert told.out.startswith(f"usage: hilum {verb}") and not told.err
 
@@ -56,6 +57,12 @@ def test_help_of_an_option_is_the_sentence_under_its_field(capsys: Said) -> None
     main(["segment", "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert "Average over mirrorings of the axes" in told and "Share of a window that its neighbour covers" in told
+
+
+def test_a_group_of_verbs_explains_each_of_them(capsys: Said) -> None:
+    assert main(["slides", "--help"]) == 0 and main(["slides"]) == 2
+    told = capsys.readouterr().out
+    assert all(told.count(f"hilum slides {word} ") == 2 for word in ("features", "train", "classify"))
 
 
 def test_version_is_told(capsys: Said) -> None:
@@ -75,6 +82,7 @@ def test_no_word_at_all_is_answered_with_the_overview_and_code_2(capsys: Said) -
         (["segment", "x", "--package", "p", "--out", "o", "--overlp", "0.3"], "'--overlap'"),
         (["train", "x", "--out", "o", "--step-per-epoch=3"], "'--steps_per_epoch'"),
         (["show", "x", "--fil"], "--help"),
+        (["slides", "featureses", "x"], "'features'"),
     ],
 )
 def test_a_typo_is_met_with_the_nearest_name(words: list[str], nearest: str, capsys: Said) -> None:

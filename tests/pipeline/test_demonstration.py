@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_demo_finds_unseen_patients_organs_and_lesions(tmp_path: Path) -> None:
+def test_the_demo_finds_unseen_patients_organs_and_lesions_and_the_lesions_of_unseen_slides(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HILUM_HOME": str(tmp_path / "home")}
     words = [sys.executable, "-m", "pipeline", "demo", "--out", "demo"]
     told = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=1200)
@@ -20,5 +20,7 @@ def test_the_demo_finds_unseen_patients_organs_and_lesions(tmp_path: Path) -> No
     for case in sorted(path.name for path in (folder / "unseen").iterdir()):
         assert (folder / "segmented" / case / "report.json").exists()
         assert case in (folder / "segmented" / "index.html").read_text()
+    assert "unseen slides given their class: 4 of 4; the tile that decides lies on a lesion in 2 of 2" in told.stdout
+    assert (folder / "slides" / "classified" / "index.html").exists()
     assert str(Path("demo") / "segmented" / "index.html") in told.stdout
     assert not (tmp_path / "home" / "mlflow.db").exists(), "the demo stays inside its folder"

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from networks import UnknownNetwork
+from pipeline import package, seal
 from pipeline.calibration import Calibration
 from pipeline.errors import DamagedPackage, PackageError
 from pipeline.package import Fold, ModelPackage, build_network, card, temperatures, weights_file
@@ -90,13 +91,11 @@ def test_a_folder_without_a_package_says_how_to_make_one(tmp_path: Path) -> None
 
 def resealed(folder: Path, change: Callable[[dict[str, str]], dict[str, str]], weights: str | None = None) -> None:
     """A package whose writer lied: every seal is right."""
-    from pipeline import package
-
     record = ModelPackage.load(folder).record
     folds = {n: replace(fold, weights=weights or fold.weights) for n, fold in record.folds.items()}
     record = replace(record, files=change(dict(record.files)), folds=folds)
-    record = replace(record, id=package._seal(record))
-    (folder / "package.json").write_text(package._rendered(record))
+    record = replace(record, id=seal.sealed(record))
+    (folder / "package.json").write_text(seal.rendered(record))
 
 
 @pytest.mark.parametrize("path", ["../weights-fold0.safetensors", "{parent}/weights-fold0.safetensors"])
@@ -213,8 +212,6 @@ def test_weights_are_called_after_their_fold() -> None:
 
 def written(folder: Path, change: Callable[[dict], object]) -> None:
     """Whatever a person may have made of package.json, under the right seal."""
-    from pipeline import package
-
     said = json.loads((folder / "package.json").read_text())
     change(said)
     said["id"] = hashlib.sha256(json.dumps(said | {"id": ""}, sort_keys=True).encode()).hexdigest()

