@@ -29,9 +29,9 @@ token's query with the tiles' keys, a branch for each head, whose softmax is the
 equals, but for the iterated inverse, where tokens are not more than landmarks). AEM acts on these; for heatmaps take shares.
 
 Tokens are made a block at a time and, beyond 16,384 of them, made again wherever they are needed: a bag of
-200,000 x 1024 in half precision, 410 MB, trains with 350 MB beside it (CPU, as torch counts; glibc keeps several times that
-of what was freed, unless MALLOC_MMAP_THRESHOLD_=1048576 tells it to give it back). In training a token that two blocks need
-draws dropout for each.
+200,000 x 1024 in half precision, 410 MB, trains with 350 MB and is explained with 125 MB beside it (CPU, as torch counts;
+in training glibc kept 3 GB of what was freed, and 0.8 GB with MALLOC_MMAP_THRESHOLD_=1048576). In training a token that two
+blocks need draws dropout for each.
 """
 
 import math

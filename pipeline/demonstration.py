@@ -113,16 +113,20 @@ def where_to_look(made: Demo) -> str:
             found = reports[case].volumes_ml[name] if case in reports else float("nan")
             lines.append(f"{name:<10} {millilitres(known[name]):>10} {millilitres(found):>10}")
     folder = made.folder
+    places = {
+        folder / "segmented" / "index.html": "every unseen patient: picture, millilitres, warnings",
+        folder / "package" / "card.md": "the trained package, and what it is worth",
+        folder / "slides" / "classified" / "index.html": "every unseen slide: answer, heatmap, tiles",
+        folder / "plan.yaml": "how the scans are prepared, each number with its reason",
+        f"hilum ui --tracking_uri {made.tracking_uri}": "both trainings in MLflow: curves, pictures",
+    }
+    width = max(len(str(place)) for place in places)
     lines += [
         "",
         f"mean Dice on patients it had never seen: {made.evaluation.mean_dice:.3f}",
         made.slides.told(),
         "",
         "look at",
-        f"  {folder / 'segmented' / 'index.html'}    every unseen patient: picture, millilitres, warnings",
-        f"  {folder / 'package' / 'card.md'}         the trained package, and what it is worth",
-        f"  {folder / 'slides' / 'classified' / 'index.html'}    every unseen slide: answer, heatmap, tiles",
-        f"  {folder / 'plan.yaml'}              how the scans are prepared, each number with its reason",
-        f"  hilum ui --tracking_uri {made.tracking_uri}    the run in MLflow: curves, pictures",
+        *(f"  {place!s:<{width}}  {what}" for place, what in places.items()),
     ]
     return "\n".join(lines)

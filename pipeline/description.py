@@ -36,7 +36,7 @@ def show(path: Path, plan: Path | None = None) -> str:
     if (path / VERDICT).exists() or path.name == VERDICT:
         return _conversion(path / VERDICT if path.is_dir() else path)
     if (path / "report.json").exists() or path.suffix == ".json":
-        return _report(path)
+        return _slide(path) if _tells_of_a_slide(path) else _report(path)
     if path.suffix in (".yaml", ".yml"):
         return _plan(path)
     return _scan(path)
@@ -69,6 +69,45 @@ def _report(path: Path) -> str:
         f"  read    {', '.join(report.sources)}",
     ]
     lines += [
+        f"  files   {', '.join(report.files)}",
+        f"  seconds {', '.join(f'{k} {v:g}' for k, v in report.seconds.items())}",
+    ]
+    if address := address_of(folder):
+        lines.append(f"  page    {address}")
+    return "\n".join(lines)
+
+
+def _tells_of_a_slide(path: Path) -> bool:
+    try:
+        said = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
+    except ValueError:  # the reader of reports says what is wrong
+        return False
+    return isinstance(said, dict) and "slide_id" in said
+
+
+def _slide(path: Path) -> str:
+    """A slide that was classified, or whose tiles were."""
+    from .slides.naming import ClassMapReport  # torch and timm are not loaded for a plan
+    from .slides.report import SlideReport
+    from .slides.result import probability
+
+    folder = path if path.is_dir() else path.parent
+    names_tiles = "areas_mm2" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report = ClassMapReport.read(folder) if names_tiles else SlideReport.read(folder)
+    origin = report.origin
+    x, y = report.microns_per_pixel
+    lines = [f"{report.slide_id}: {report.status}, by {origin.package_name} ({report.package_id[:12]})", ""]
+    if isinstance(report, SlideReport):
+        lines += [f"  {name:<16} {probability(value):>10}" for name, value in report.probabilities.items()]
+        lines += ["", f"  map     deletion test {report.deletion_verdict}"]
+    else:
+        lines += [*(f"  {name:<16} {area:>10.3g} mm²" for name, area in report.areas_mm2.items()), ""]
+    lines += [f"  warning: {warning}" for warning in report.warnings]
+    lines += [f"  left out: {count} tiles, {reason}" for reason, count in report.quarantined.items()]
+    lines += [
+        f"  slide   {report.size_um[0] / 1000:.3g} x {report.size_um[1] / 1000:.3g} mm, {x:g} x {y:g} um per pixel "
+        f"({'as its file says' if report.resolution_from == 'file' else 'as was stated'})",
+        f"  tiles   {report.tiles} of {report.tile_um:g} um, encoder {origin.encoder}, features {report.features}",
         f"  files   {', '.join(report.files)}",
         f"  seconds {', '.join(f'{k} {v:g}' for k, v in report.seconds.items())}",
     ]

@@ -251,9 +251,12 @@ def peaks(network: nn.Module, bags: Bags, labels: torch.Tensor) -> dict[str, int
     return {"training": peak_of(train), "prediction": peak_of(predict)}
 
 
-BESIDE = {"mil_transmil": 1.25}
-"""Memory beside the bag, as a share of it in half precision; half where nothing is said. TransMIL was measured at 420 MB
-beside 410: as much as a token of 512 numbers in full precision for each tile, once."""
+TILES = {"mil_transmil": 50_000}
+"""All others have 200,000. These take it six minutes of a core, and 353 MB beside the bag's 410: most of that is blocks, whatever the bag."""
+
+BESIDE = {"mil_transmil": 2.5}
+"""Memory beside the bag, as a share of it in half precision; half where nothing is said. TransMIL was measured at 230 MB
+beside 102; were it to hold another token of 512 numbers in full precision for each tile, 330."""
 
 
 def warmed(network: nn.Module) -> nn.Module:
@@ -285,9 +288,9 @@ def test_a_tile_more_costs_less_than_half_of_what_it_takes_itself(name, options,
 @pytest.mark.parametrize(
     ("name", "options"), [*((name, {}) for name in BAGS), ("mil_acmil", {"attention": "multi_head"})]
 )
-def test_a_bag_of_200_000_tiles_trains_and_predicts_without_another_copy_of_it(name, options, unchecked) -> None:
+def test_a_large_bag_trains_and_predicts_without_another_copy_of_it(name, options, unchecked) -> None:
     network = warmed(built(name, options, features=1024))
-    bags = half_of(200_000, features=1024)
+    bags = half_of(TILES.get(name, 200_000), features=1024)
     for what, peak in peaks(network, bags, torch.tensor([1])).items():
         print(f"{name} {options} {what}: {peak / 1e6:.0f} MB beside {bags.features.nbytes / 1e6:.0f} MB")
         assert peak < BESIDE.get(name, 0.5) * bags.features.nbytes, what

@@ -10,6 +10,7 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import SlideClassify
+from pipeline.description import show
 from pipeline.slides import features
 from pipeline.slides.answering import bag_of
 from pipeline.slides.classification import classify
@@ -64,6 +65,13 @@ def test_areas_are_the_tissue_of_each_class(named: Path) -> None:
         assert mm2 == pytest.approx(tissue * 0.112**2, rel=1e-3)
     (done,) = (row for row in rows(named / "out" / "summary.csv") if row["status"] != "failed")
     assert float(done[f"{report['most']} mm2"]) == pytest.approx(report["areas_mm2"][report["most"]], abs=1e-6)
+
+
+def test_show_tells_the_areas_of_a_map(named: Path) -> None:
+    folder = named / "out" / "phantom_002"
+    areas = json.loads((folder / "report.json").read_text())["areas_mm2"]
+    told = show(folder)
+    assert areas and all(f"{name:<16} {mm2:>10.3g} mm²" in told for name, mm2 in areas.items())
 
 
 def test_objects_for_qupath_are_the_tiles_in_the_colours_of_the_picture(named: Path, package: SlidePackage) -> None:

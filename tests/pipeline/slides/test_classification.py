@@ -12,12 +12,14 @@ import tifffile
 from PIL import Image
 
 from pipeline.config import SlideClassify
+from pipeline.description import show
 from pipeline.errors import UsageError
 from pipeline.results import Batch
 from pipeline.slides import encoders, features, sight, supply
 from pipeline.slides.answering import SlideAnswer
 from pipeline.slides.classification import centred, classify
 from pipeline.slides.package import SlidePackage
+from pipeline.slides.result import probability
 from pipeline.slides.scores import softmax
 from preprocessing.slide_phantoms import PhantomSlide
 from preprocessing.slides import Slide, SlideError, open_slide
@@ -66,6 +68,15 @@ def test_the_shares_of_the_tiles_and_the_rest_are_the_reported_logits(answered: 
             assert tiles + said["rest"][kind] == pytest.approx(logit, abs=1e-5)
         likely = np.exp(np.array(list(said["logits"].values())) / TEMPERATURE)
         assert list(said["probabilities"].values()) == pytest.approx(likely / likely.sum(), abs=1e-6)
+
+
+def test_show_tells_what_was_said_of_a_slide(answered: tuple) -> None:
+    out, slides = answered
+    for name in slides:
+        said, told = report(out, name), show(out / name)
+        assert told.startswith(f"{name}: done, by ") and told == show(out / name / "report.json")
+        assert all(f"{kind:<16} {probability(value):>10}" in told for kind, value in said["probabilities"].items())
+        assert said["deletion_verdict"] in told and (out / name / "page.html").as_uri() in told
 
 
 def test_a_tile_that_adds_the_same_to_every_class_speaks_for_none() -> None:
