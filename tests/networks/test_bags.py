@@ -252,7 +252,7 @@ def peaks(network: nn.Module, bags: Bags, labels: torch.Tensor) -> dict[str, int
 
 
 TILES = {"mil_transmil": 50_000}
-"""All others have 200,000. These take it six minutes of a core, and 353 MB beside the bag's 410: most of that is blocks, whatever the bag."""
+"""All others have 200,000. These take it six minutes of a core, and 353 MB beside the bag of 410: mostly blocks."""
 
 BESIDE = {"mil_transmil": 2.5}
 """Memory beside the bag, as a share of it in half precision; half where nothing is said. TransMIL was measured at 230 MB
