@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Int8
@@ -211,13 +211,23 @@ class Report:
     def read(cls, path: Path) -> "Report":
         """The report in this file, or in this case's folder."""
         path = path / FILE_NAME if path.is_dir() else path
-        try:
-            return decode(cls, json.loads(path.read_text(encoding="utf-8")), where=path.name)
-        except ValueError as mistake:  # no text, no JSON, or another record
-            raise UnreadableReport(
-                f"{path} is not a report of hilum ({mistake}); a {FILE_NAME} as `hilum segment` writes it is needed. "
-                "Delete it and segment the case again."
-            ) from mistake
+        return read_record(
+            cls,
+            path,
+            "a report of hilum",
+            f"a {FILE_NAME} as `hilum segment` writes it is needed. Delete it and segment the case again.",
+        )
+
+
+Said = TypeVar("Said")
+
+
+def read_record(kind: type[Said], path: Path, name: str, remedy: str) -> Said:
+    """What was said of one case; of another kind, or damaged: not `name`, and the remedy."""
+    try:
+        return decode(kind, json.loads(path.read_text(encoding="utf-8")), where=path.name)
+    except ValueError as mistake:  # no text, no JSON, or another record
+        raise UnreadableReport(f"{path} is not {name} ({mistake}); {remedy}") from mistake
 
 
 def named(explanations: Sequence[Explanation]) -> Iterator[tuple[str, Explanation]]:

@@ -49,10 +49,13 @@ def side_by_side(images: Sequence[Image.Image], width: int) -> Image.Image:
     return row
 
 
-def scale_bar(draw: ImageDraw.ImageDraw, end: tuple[int, int], scale: float, most: int) -> None:
-    """A round number of millimetres, right-aligned."""
-    length = next((mm for mm in LENGTHS if mm * scale <= most), LENGTHS[-1])
-    words = f"{length:g} mm"
+def scale_bar(
+    draw: ImageDraw.ImageDraw, end: tuple[int, int], scale: float, most: int, unit: str = "mm",
+    lengths: Sequence[float] = LENGTHS,
+) -> None:  # fmt: skip
+    """A round number of millimetres, or of another unit, right-aligned. `scale`: pixels of one; `most`: pixels of the bar."""
+    length = next((one for one in lengths if one * scale <= most), lengths[-1])
+    words = f"{length:g} {unit}"
     right, middle = end[0] - 1, end[1]
     write(draw, (right, middle), words, 16, QUIET, "rm")
     right -= width_of(words, 16) + 8

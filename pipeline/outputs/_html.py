@@ -104,3 +104,9 @@ def pairs(rows: list[tuple[str, str]]) -> str:
     """A table of names and values; values are HTML already."""
     cells = "".join(f'<tr><th>{text(name)}</th><td class="word">{value}</td></tr>' for name, value in rows)
     return f"<table>{cells}</table>"
+
+
+def slider(name: str, words: str, least: float, most: float, step: float, value: float) -> str:
+    """A number to be drawn along."""
+    span = f'min="{least:g}" max="{most:g}" step="{step:g}" value="{value:g}"'
+    return f'<label>{words}<input type="range" id="{name}" {span}></label>'

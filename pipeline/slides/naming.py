@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,12 +12,11 @@ from urllib.parse import quote
 
 import torch
 
-from preprocessing.records import decode
 from preprocessing.slides import SlideFile, find_tissue
 
 from .. import index
 from ..outputs._html import document, text
-from ..report import FILE_NAME, UnreadableReport, as_json, hilum_version, inert, write_whole
+from ..report import FILE_NAME, as_json, hilum_version, inert, read_record, write_whole
 from ..results import DONE, ERROR, FAILED, LookedAt, Row, Work, counts, explained
 from . import class_map
 from .answering import bag_of
@@ -73,14 +71,8 @@ class ClassMapReport:
     @classmethod
     def read(cls, folder: Path) -> "ClassMapReport":
         """The report in this slide's folder."""
-        path = folder / FILE_NAME
-        try:
-            return decode(cls, json.loads(path.read_text(encoding="utf-8")), where=path.name)
-        except ValueError as mistake:  # no text, no JSON, or another record
-            raise UnreadableReport(
-                f"{path} is not a report on the tiles of a slide ({mistake}); one that `hilum slides classify` writes is "
-                "needed. Delete it and classify the slide again."
-            ) from mistake
+        remedy = "one that `hilum slides classify` writes is needed. Delete it and classify the slide again."
+        return read_record(cls, folder / FILE_NAME, "a report on the tiles of a slide", remedy)
 
 
 class Naming(Work[SlideFile, ClassMapReport]):

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw
+from PIL import Image
 from scipy import ndimage
 
 from ..outputs import _rows
@@ -32,6 +32,9 @@ from .result import Seen, SlideResult, TopTile, probability
 
 PICTURE = "heatmap.png"
 SHEET = "top-tiles.png"
+
+LENGTHS_UM = (1000, 500, 200, 100, 50, 20, 10, 5, 2, 1)
+"""What a bar may stand for where millimetres are too long."""
 
 COLUMN = (INNER - GAP) // 2
 TALLEST = 1100
@@ -192,7 +195,7 @@ def _titled(result: SlideResult, words: str) -> Image.Image:
     row, draw = blank_row(30)
     write(draw, (0, 14), fitting(words, 18, INNER - 400), 18, INK, "lm")
     side = (INNER - (ACROSS - 1) * GAP) // ACROSS
-    micrometre_bar(draw, (INNER, 14), side / result.tile_um, side // 2)
+    scale_bar(draw, (INNER, 14), side / result.tile_um, side // 2, "µm", LENGTHS_UM)
     return row
 
 
@@ -208,20 +211,3 @@ def _row(result: SlideResult, tiles: Sequence[TopTile]) -> Image.Image:
         write(draw, (left + 34, side + 14), f"{share:+.3g} logits", 16, INK, "lm")
         write(draw, (left, side + 38), f"x {x:.2f}, y {y:.2f} mm", 16, QUIET, "lm")
     return row
-
-
-LENGTHS_UM = (1000, 500, 200, 100, 50, 20, 10, 5, 2, 1)
-"""What a bar may stand for where millimetres are too long."""
-
-
-def micrometre_bar(draw: ImageDraw.ImageDraw, end: tuple[int, int], scale: float, most: int) -> None:
-    """A round number of micrometres, right-aligned."""
-    length = next((um for um in LENGTHS_UM if um * scale <= most), LENGTHS_UM[-1])
-    words = f"{length:g} µm"
-    right, middle = end[0] - 1, end[1]
-    write(draw, (right, middle), words, 16, QUIET, "rm")
-    right -= width_of(words, 16) + 8
-    left = right - round(length * scale)
-    draw.line((left, middle, right, middle), fill=INK, width=2)
-    for tip in (left, right):
-        draw.line((tip, middle - 4, tip, middle + 4), fill=INK, width=2)

@@ -1,13 +1,10 @@
 """What we say of one slide: enough to trust it, to find it again, and to know what made it."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from preprocessing.records import decode
-
-from ..report import FILE_NAME, UnreadableReport, as_json, hilum_version, write_whole
+from ..report import FILE_NAME, as_json, hilum_version, read_record, write_whole
 from .deletion import Deletion
 from .result import Origin, SlideResult
 
@@ -98,10 +95,7 @@ class SlideReport:
     def read(cls, path: Path) -> "SlideReport":
         """The report in this file, or in this slide's folder."""
         path = path / FILE_NAME if path.is_dir() else path
-        try:
-            return decode(cls, json.loads(path.read_text(encoding="utf-8")), where=path.name)
-        except ValueError as mistake:  # no text, no JSON, or another record
-            raise UnreadableReport(
-                f"{path} is not a report on a slide ({mistake}); a {FILE_NAME} as `hilum slides classify` writes it is "
-                "needed. Delete it and classify the slide again."
-            ) from mistake
+        remedy = (
+            f"a {FILE_NAME} as `hilum slides classify` writes it is needed. Delete it and classify the slide again."
+        )
+        return read_record(cls, path, "a report on a slide", remedy)

@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from ..outputs import _heat
-from ..outputs._html import as_data, text
+from ..outputs._html import as_data, slider, text
 from ..outputs._viewer.scripts import HERE, OPENSEADRAGON
 from .heatmap import AGAINST_COLOUR, FOR_COLOUR, colours
 from .result import SlideResult
@@ -192,8 +192,8 @@ def _layers(result: SlideResult) -> str:
         '<div id="viewer-bar" class="bar"></div><div id="viewer-ends" class="ends"></div>'
         '<span id="viewer-unit" class="quiet"></span></div>'
         f"{_tick('viewer-heat', 'h', 'shown', True)}"
-        f"{_slider('viewer-strength', 'opacity', 0, 1, 0.05, _heat.MOST_OPACITY)}"
-        f"{_slider('viewer-least', 'clear below', 0, 0.9, 0.01, _heat.CLEAR_BELOW)}"
+        f"{slider('viewer-strength', 'opacity', 0, 1, 0.05, _heat.MOST_OPACITY)}"
+        f"{slider('viewer-least', 'clear below', 0, 0.9, 0.01, _heat.CLEAR_BELOW)}"
         '<p class="says quiet">Where the model looked, not where disease is.</p></fieldset>'
     )
 
@@ -201,11 +201,6 @@ def _layers(result: SlideResult) -> str:
 def _tick(name: str, key: str, words: str, checked: bool) -> str:
     box = f'<input type="checkbox" id="{name}" data-key="{key}"{" checked" if checked else ""}>'
     return f'<label class="tick plain">{box}{words}</label>'
-
-
-def _slider(name: str, words: str, least: float, most: float, step: float, value: float) -> str:
-    span = f'min="{least:g}" max="{most:g}" step="{step:g}" value="{value:g}"'
-    return f'<label>{words}<input type="range" id="{name}" {span}></label>'
 
 
 def _keys() -> str:

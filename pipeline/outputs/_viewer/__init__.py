@@ -8,7 +8,7 @@ from typing import Any
 
 from ...report import Explanation, Result
 from .. import _heat
-from .._html import as_data, swatch, text
+from .._html import as_data, slider, swatch, text
 from .._planes import View, Window, find, findings, turn
 from .._rows import subject
 from . import copies
@@ -159,11 +159,6 @@ def _tick(name: str, key: str, words: str) -> str:
     return f'<label class="tick plain">{box}{words}</label>'
 
 
-def _slider(name: str, words: str, least: float, most: float, step: float, value: float) -> str:
-    span = f'min="{least:g}" max="{most:g}" step="{step:g}" value="{value:g}"'
-    return f'<label>{words}<input type="range" id="{name}" {span}></label>'
-
-
 def _labels(result: Result) -> str:
     """Outline and filling, and which of those found are drawn."""
     boxes = "".join(
@@ -174,7 +169,7 @@ def _labels(result: Result) -> str:
     )
     return (
         f"<fieldset><legend>Labels</legend>{_tick('viewer-outline', 'o', 'outline')}"
-        f'{_slider("viewer-fill", "filling", 0, 1, 0.05, 0)}<div class="many">{boxes}</div></fieldset>'
+        f'{slider("viewer-fill", "filling", 0, 1, 0.05, 0)}<div class="many">{boxes}</div></fieldset>'
     )
 
 
@@ -185,8 +180,8 @@ def _grey(result: Result, facts: dict[str, Any]) -> str:
     step = (most - least) / 400 or 1.0
     return (
         f"<fieldset><legend>Grey values, {text(facts['channel'])}</legend>"
-        f"{_slider('viewer-level', 'level', least, most, step, (low + high) / 2)}"
-        f"{_slider('viewer-width', 'width', step, 2 * (most - least) or 1.0, step, high - low)}"
+        f"{slider('viewer-level', 'level', least, most, step, (low + high) / 2)}"
+        f"{slider('viewer-width', 'width', step, 2 * (most - least) or 1.0, step, high - low)}"
         '<div class="row"><span id="viewer-window" class="quiet"></span>'
         '<button id="viewer-reset">reset</button></div></fieldset>'
     )
@@ -209,8 +204,8 @@ def _maps(result: Result) -> str:
         f'<fieldset><legend>Where the model looked</legend><div class="layers">{buttons}</div>'
         '<div id="viewer-legend" hidden><div id="viewer-bar" class="bar"></div><div id="viewer-ends" class="ends"></div>'
         '<span id="viewer-unit" class="quiet"></span>'
-        f"{_slider('viewer-strength', 'opacity', 0, 1, 0.05, _heat.MOST_OPACITY)}"
-        f"{_slider('viewer-least', 'clear below', 0.01, 0.9, 0.01, 0.25)}"
+        f"{slider('viewer-strength', 'opacity', 0, 1, 0.05, _heat.MOST_OPACITY)}"
+        f"{slider('viewer-least', 'clear below', 0.01, 0.9, 0.01, 0.25)}"
         '<p id="viewer-says" class="says"></p></div>'
         '<p class="says quiet">Where the model looked, not where disease is.</p></fieldset>'
     )
