@@ -20,8 +20,11 @@ from .report import hilum_version, recover
 if TYPE_CHECKING:
     from torch import nn
 
-FORMAT = 2
-"""Raised when a reader of yesterday could misread a package of today. 2: temperatures and post-processing."""
+FORMAT = 3
+"""Raised when a reader of yesterday could misread a package of today. 2: temperatures and post-processing. 3: a curve of
+Dice against seconds, a coarse model, where it was imported from."""
+READABLE = (2, 3)
+"""Formats that mean today what they meant then: what a record does not say has its default."""
 
 ALL = "all"
 """The fold that was trained on every case."""
@@ -117,7 +120,7 @@ class ModelPackage:
     @staticmethod
     def load(folder: Path) -> "ModelPackage":
         """The package in that folder; refused when a byte of it changed."""
-        record = seal.read(folder, Package, kinds=("scans",), format=FORMAT)
+        record = seal.read(folder, Package, kinds=("scans",), formats=READABLE)
         path = folder / seal.FILE_NAME
         _refuse_unknown_labels(path, record)
         for fold in record.folds.values():

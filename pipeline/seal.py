@@ -32,8 +32,8 @@ Record = TypeVar("Record")
 """A frozen dataclass with the fields `format`, `hilum`, `files` (sha256 by name) and `id`; all it says is sealed."""
 
 
-def read(folder: Path, record_type: type[Record], *, kinds: Sequence[str], format: int) -> Record:
-    """What package.json says; refused when a byte of the folder changed, or it is no package of these kinds and format."""
+def read(folder: Path, record_type: type[Record], *, kinds: Sequence[str], formats: Sequence[int]) -> Record:
+    """What package.json says; refused when a byte of the folder changed, or it is no package of these kinds and formats."""
     recover(folder)
     path = folder / FILE_NAME
     if not path.is_file():
@@ -44,7 +44,7 @@ def read(folder: Path, record_type: type[Record], *, kinds: Sequence[str], forma
     try:
         raw = path.read_text()
         said = json.loads(raw)
-        _refuse_others(folder, said, kinds, format)
+        _refuse_others(folder, said, kinds, formats)
         record: Any = decode(record_type, said, where=FILE_NAME)
     except OSError as error:
         raise PackageError(
@@ -52,7 +52,7 @@ def read(folder: Path, record_type: type[Record], *, kinds: Sequence[str], forma
         ) from None
     except (UnicodeDecodeError, json.JSONDecodeError, BadRecord) as error:
         raise DamagedPackage(f"{path} cannot be read ({error}). {FETCH_AGAIN}") from None
-    if raw != rendered(record) or record.id != sealed(record):
+    if raw != _written(said) or record.id != _digest(said):  # of what is written: an older format says less
         raise DamagedPackage(f"{path} is not as it was sealed (id {record.id[:12]}). {FETCH_AGAIN}")
     for name, sha256 in record.files.items():
         _verify(folder, name, sha256)
@@ -121,12 +121,20 @@ def versions_of(names: Sequence[str]) -> dict[str, str]:
 
 def rendered(record: Any) -> str:
     """As package.json holds it."""
-    return json.dumps(encode(record), indent=2, ensure_ascii=False) + "\n"
+    return _written(encode(record))
 
 
 def sealed(record: Any) -> str:
     """The id of a record: sha256 of all it says but that."""
-    return hashlib.sha256(json.dumps(encode(replace(record, id="")), sort_keys=True).encode()).hexdigest()
+    return _digest(encode(record))
+
+
+def _written(said: Any) -> str:
+    return json.dumps(said, indent=2, ensure_ascii=False) + "\n"
+
+
+def _digest(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said | {"id": ""}, sort_keys=True).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
@@ -134,7 +142,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _refuse_others(folder: Path, said: Any, kinds: Sequence[str], format: int) -> None:
+def _refuse_others(folder: Path, said: Any, kinds: Sequence[str], formats: Sequence[int]) -> None:
     """Before anything else is read of it: another kind or format has other words."""
     if not isinstance(said, dict):
         return
@@ -144,10 +152,10 @@ def _refuse_others(folder: Path, said: Any, kinds: Sequence[str], format: int) -
             f"{folder} is a package for {kind}; one for {' or '.join(kinds)} is needed. "
             f"Use it with `hilum {VERBS[kind][1]}`, or give another package."
         )
-    if isinstance(found := said.get("format"), int) and found != format:
+    if isinstance(found := said.get("format"), int) and found not in formats:
         raise PackageError(
             f"{folder} was written in format {found} by hilum {said.get('hilum', 'of an unknown version')}; this hilum "
-            f"({hilum_version()}) reads format {format}. Use it with the hilum that made it, or train it again with this one."
+            f"({hilum_version()}) reads format {' and '.join(map(str, formats))}. Use it with the hilum that made it, or train it again with this one."
         )
 
 

@@ -107,7 +107,7 @@ class SlidePackage:
     @staticmethod
     def load(folder: Path) -> "SlidePackage":
         """The package in that folder; refused when a byte of it changed."""
-        record = seal.read(folder, SlideRecord, kinds=KINDS, format=FORMAT)
+        record = seal.read(folder, SlideRecord, kinds=KINDS, formats=(FORMAT,))
         for member in record.members:
             if member.weights not in record.files:
                 raise DamagedPackage(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from networks import UnknownNetwork
-from pipeline import package, seal
+from pipeline import seal
 from pipeline.calibration import Calibration
 from pipeline.errors import DamagedPackage, PackageError
 from pipeline.package import Fold, ModelPackage, build_network, card, temperatures, weights_file
@@ -216,7 +216,6 @@ def written(folder: Path, change: Callable[[dict], object]) -> None:
     change(said)
     said["id"] = hashlib.sha256(json.dumps(said | {"id": ""}, sort_keys=True).encode()).hexdigest()
     (folder / "package.json").write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n")
-    assert package.FORMAT == 2
 
 
 def older(said: dict) -> None:
@@ -228,16 +227,29 @@ def older(said: dict) -> None:
             del fold[name]
 
 
+SINCE_THREE = ("curve", "coarse", "origin")
+
+
+def test_a_package_of_the_format_before_is_read_as_it_was_meant(own: Path) -> None:
+    def as_it_was(said: dict) -> None:
+        said["format"] = 2
+        for name in SINCE_THREE:
+            said.pop(name, None)
+
+    written(own, as_it_was)
+    assert ModelPackage.load(own).record.format == 2
+
+
 def test_a_package_of_another_format_is_refused_with_who_made_it_and_what_to_do(own: Path) -> None:
     written(own, older)
-    with pytest.raises(PackageError, match=r"(?s)format 1 by hilum .*reads format 2.*train it again") as refused:
+    with pytest.raises(PackageError, match=r"(?s)format 1 by hilum .*reads format 2 and 3.*train it again") as refused:
         ModelPackage.load(own)
     assert not isinstance(refused.value, DamagedPackage)
 
 
 def test_a_format_of_tomorrow_is_refused_before_its_words_are_read(own: Path) -> None:
-    written(own, lambda said: said.update(format=3, novelty=True))
-    with pytest.raises(PackageError, match="format 3"):
+    written(own, lambda said: said.update(format=999, novelty=True))
+    with pytest.raises(PackageError, match="format 999"):
         ModelPackage.load(own)
 
 
