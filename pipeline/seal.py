@@ -155,7 +155,8 @@ def _refuse_others(folder: Path, said: Any, kinds: Sequence[str], formats: Seque
     if isinstance(found := said.get("format"), int) and found not in formats:
         raise PackageError(
             f"{folder} was written in format {found} by hilum {said.get('hilum', 'of an unknown version')}; this hilum "
-            f"({hilum_version()}) reads format {' and '.join(map(str, formats))}. Use it with the hilum that made it, or train it again with this one."
+            f"({hilum_version()}) reads format {' and '.join(map(str, formats))}. Use it with the hilum that made it, or "
+            "train it again with this one."
         )
 
 
