@@ -231,7 +231,8 @@ def seams(said: argparse.Namespace) -> Record:
     from pipeline.attribution import layers, undisturbed
     from pipeline.explanation import Scene, stitched
     from pipeline.lens import Lens
-    from pipeline.prediction import Inference, Windows
+    from pipeline.prediction import Inference
+    from pipeline.stream import Windows
     from preprocessing.steps import prepare
 
     network = network_for(argparse.Namespace(window=SEAM_WINDOW, width=8, threads=said.threads))

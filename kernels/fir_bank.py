@@ -102,9 +102,10 @@ def reference(x: Tensor, finest: bool = False) -> Tensor:
 
 def _filtered(pictures: Tensor, taps: Taps, mirrored: bool) -> Tensor:
     reach = max(max(abs(row), abs(column)) for row, column, _ in taps)
-    kernel = pictures.new_zeros(1, 1, 2 * reach + 1, 2 * reach + 1)
-    for row, column, weight in taps:
-        kernel[0, 0, row + reach, column + reach] = weight
+    side, at = 2 * reach + 1, {(row + reach, column + reach): weight for row, column, weight in taps}
+    # number by number: an exporter follows neither a tensor that is filled later nor one made of a list
+    weights = [pictures.new_full((), at.get(divmod(place, side), 0.0)) for place in range(side * side)]
+    kernel = torch.stack(weights).view(1, 1, side, side)
     return functional.conv2d(_extended(pictures, (reach,) * 4, mirrored), kernel)
 
 

@@ -53,10 +53,11 @@ REACH = {torch.float32: 13, torch.float64: 28}
 """How many voxels to either side the spline is felt: beyond, a weight is less than the type can tell."""
 
 
-def _matrix(before: int, after: int, order: int, dtype: torch.dtype) -> Tensor:
+def _matrix(before: int, after: int, order: int, dtype: torch.dtype, repeats: bool = False) -> Tensor:
     """[after, before], in float64 whatever the type it will be rounded to."""
     precisely: dict[str, Any] = dict(dtype=torch.float64, device="cpu")
-    places = ((torch.arange(after, **precisely) + 0.5) * before / after - 0.5).clamp(0, before - 1)
+    places = (torch.arange(after, **precisely) + 0.5) * before / after - 0.5
+    places = places if repeats else places.clamp(0, before - 1)
     if order == 0:  # the later of two, as in scipy
         first, steps = (places + 0.5 + TIE).floor(), torch.zeros(1, **precisely)
     else:
@@ -69,7 +70,8 @@ def _matrix(before: int, after: int, order: int, dtype: torch.dtype) -> Tensor:
     share = SHARES[order](away)
     share = share / share.sum(1, keepdim=True)  # what is left out at the far ends weighs nothing
     matrix = torch.zeros(after, before, **precisely)
-    return matrix.scatter_add(1, _mirrored(samples.long(), before), share)  # a mirrored sample comes twice
+    index = samples.long().clamp(0, before - 1) if repeats else _mirrored(samples.long(), before)
+    return matrix.scatter_add(1, index, share)  # a mirrored sample comes twice
 
 
 def _hat(x: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ class _Axis:
     is_flipped: bool
     dtype: torch.dtype
     is_backward: bool = False
+    repeats: bool = False
 
     @property
     def stays(self) -> bool:
@@ -121,17 +124,17 @@ class _Axis:
 
     def matrix(self) -> Tensor:
         """[row, column]: rows are what is made, columns what it is made from."""
-        matrix = _matrix(self.before, self.after, self.order, self.dtype)
+        matrix = _matrix(self.before, self.after, self.order, self.dtype, self.repeats)
         matrix = matrix.flip(1) if self.is_flipped else matrix
         return matrix.T if self.is_backward else matrix
 
 
 def _axes(
     before: Sequence[int], after: Sequence[int], order: int, separate: int | None, flipped: Sequence[int],
-    dtype: torch.dtype, is_backward: bool = False,
+    dtype: torch.dtype, is_backward: bool = False, repeats: bool = False,
 ) -> list[_Axis]:  # fmt: skip
     return [
-        _Axis(one, other, 0 if axis == separate else order, axis in flipped, dtype, is_backward)
+        _Axis(one, other, 0 if axis == separate else order, axis in flipped, dtype, is_backward, repeats)
         for axis, (one, other) in enumerate(zip(before, after, strict=True))
     ]
 
@@ -475,11 +478,15 @@ def fill(
     separate: int | None = None,
     flipped: Sequence[int] = (),
     product: Product = _by_torch,
+    repeats: bool = False,
 ) -> None:
-    """What `fused` gives, in the type and the place of a result that the caller made, both on the CPU. No gradient flows."""
+    """What `fused` gives, in the type and the place of a result that the caller made, both on the CPU. No gradient flows.
+
+    `repeats`: the spline, too, goes on with the edge's value beyond the ends, as scipy's zoom has it with 'nearest'.
+    """
     _check(voxels, result.shape[1:], order, separate, flipped)
     assert len(result) == len(voxels) and result.dtype in REACH and result.is_contiguous()
-    axes = _axes(voxels.shape[1:], result.shape[1:], order, separate, flipped, result.dtype)
+    axes = _axes(voxels.shape[1:], result.shape[1:], order, separate, flipped, result.dtype, repeats=repeats)
     _carry_by_products(voxels, result, axes, product)
 
 

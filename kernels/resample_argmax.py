@@ -303,6 +303,33 @@ def stream(
         )
 
 
+class Between:
+    """The scores themselves on the new grid, for whoever wants them all: old planes [C, h, w] go in, new ones come out.
+
+    As `stream`, and with its rounding; a new plane leaves as soon as both its old neighbours are there.
+    """
+
+    def __init__(self, depth: int, shape: Triple, nearest: int | None = None) -> None:
+        self.depth, self.shape, self.nearest = depth, shape, nearest
+        self.axes: list[_Axis] = []
+        self.held: dict[int, Tensor] = {}
+        self.number = self.row = 0
+
+    def take(self, plane: Tensor) -> Iterator[Tensor]:
+        """New planes [C, H, W] in order, none or many."""
+        if not self.axes:
+            self.axes = _axes(plane, (self.depth, *plane.shape[1:]), self.shape, self.nearest)
+        along, across, within = self.axes
+        self.held[self.number] = across.interpolated(within.interpolated(plane.to(_sums_in(plane)), 2), 1)
+        while self.row < self.shape[0] and int(along.second[self.row]) <= self.number:
+            low, high = self.held[int(along.first[self.row])], self.held[int(along.second[self.row])]
+            yield low * along.near[self.row] + high * along.far[self.row]
+            self.row += 1
+        needed = int(along.first[self.row]) if self.row < self.shape[0] else self.depth
+        self.held = {there: one for there, one in self.held.items() if there >= needed}
+        self.number += 1
+
+
 def _planes(slabs: Iterable[Tensor]) -> Iterator[Tensor]:
     """Plane by plane [C, h, w]. The last of a slab is copied: it is still needed when the next slab is there."""
     for slab in slabs:

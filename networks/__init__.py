@@ -12,14 +12,17 @@ from types import ModuleType
 FOR_SLIDES = ("mil_", "tile_")
 """How the names of networks begin that take bags of tile features."""
 
+IMPORTED = ("monai_net",)
+"""Networks that come with imported weights alone: they can be loaded, and are not offered to whoever trains."""
+
 
 class UnknownNetwork(LookupError):
     """No file here has that name."""
 
 
 def available() -> tuple[str, ...]:
-    """The names of all networks for scans, sorted, without importing one. `parts` is a folder and no network."""
-    return tuple(name for name in _names() if not name.startswith(FOR_SLIDES))
+    """The names of all networks for scans that can be trained, sorted, without importing one. `parts` is a folder."""
+    return tuple(name for name in _names() if not name.startswith(FOR_SLIDES) and name not in IMPORTED)
 
 
 def for_slides() -> tuple[str, ...]:
@@ -29,7 +32,13 @@ def for_slides() -> tuple[str, ...]:
 
 def load(name: str) -> ModuleType:
     """The module of one network for scans, imported now."""
-    return _loaded(name, available())
+    return importlib.import_module(f"{__name__}.{name}") if name in IMPORTED else _loaded(name, available())
+
+
+def refuse_unknown(name: str) -> None:
+    """Unless a network for scans has that name; nothing is imported."""
+    if name not in IMPORTED:
+        _refuse_unknown(name, available())
 
 
 def load_for_slides(name: str) -> ModuleType:
@@ -42,9 +51,13 @@ def _names() -> list[str]:
 
 
 def _loaded(name: str, known: tuple[str, ...]) -> ModuleType:
+    _refuse_unknown(name, known)
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _refuse_unknown(name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise UnknownNetwork(f"There is no network named {name!r}; networks/ holds {_offer(name, known)}")
-    return importlib.import_module(f"{__name__}.{name}")
 
 
 def _offer(name: str, known: tuple[str, ...]) -> str:

@@ -2,7 +2,7 @@
 
 A verb of two words is one with an underscore: `slides_train`. The functions live in the rooms of this floor and are
 brought in when first used, so that importing the floor costs nothing: `from pipeline import segment` loads torch,
-`hilum --help` does not.
+`hilum --help` does not. The node is a room of its own: `pipeline.node.service.serve`.
 """
 
 from importlib import import_module
@@ -10,22 +10,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .batch import segment
+    from .bundle_writing import export_monai
+    from .bundles import import_monai
     from .checking import check
     from .contest import compare
     from .conversion import convert
     from .demonstration import demo
     from .description import show
     from .evaluation import evaluate
+    from .export import export_onnx, export_torchscript
+    from .nnunet import import_nnunet
     from .planning import plan
     from .slides.classification import classify as slides_classify
     from .slides.features import extract as slides_features
     from .slides.training import train_slides as slides_train
     from .tracking import serve as ui
     from .training import train
+    from .tuning import tune
 
 __all__ = [
-    "check", "compare", "convert", "demo", "evaluate", "plan", "segment", "show", "slides_classify", "slides_features",
-    "slides_train", "train", "ui",
+    "check", "compare", "convert", "demo", "evaluate", "export_monai", "export_onnx", "export_torchscript", "import_monai",
+    "import_nnunet", "plan", "segment", "show", "slides_classify", "slides_features", "slides_train", "train", "tune", "ui",
 ]  # fmt: skip
 
 _HOMES = {
@@ -34,6 +39,11 @@ _HOMES = {
     "convert": ("conversion", "convert"),
     "demo": ("demonstration", "demo"),
     "evaluate": ("evaluation", "evaluate"),
+    "export_monai": ("bundle_writing", "export_monai"),
+    "export_onnx": ("export", "export_onnx"),
+    "export_torchscript": ("export", "export_torchscript"),
+    "import_monai": ("bundles", "import_monai"),
+    "import_nnunet": ("nnunet", "import_nnunet"),
     "plan": ("planning", "plan"),
     "segment": ("batch", "segment"),
     "show": ("description", "show"),
@@ -41,6 +51,7 @@ _HOMES = {
     "slides_features": ("slides.features", "extract"),
     "slides_train": ("slides.training", "train_slides"),
     "train": ("training", "train"),
+    "tune": ("tuning", "tune"),
     "ui": ("tracking", "serve"),
 }
 

@@ -218,32 +218,38 @@ def sample_size(cases: int, plan: Plan) -> int:
     return int(np.clip(MOST // max(1, cases * plan.classes), 200, VOXELS))
 
 
-def draw(
-    logits: Float[np.ndarray, "channel i j k"],
-    truth: Integer[np.ndarray, "i j k"],
-    plan: Plan,
-    rng: np.random.Generator,
-    size: int = VOXELS,
-    annotated: Sequence[str] | None = None,
-) -> Sample | None:
-    """A fair sample of one case on the prepared grid. `truth` holds numbers of parts, -1 where nobody knows.
-
-    None where nothing is known, or none of its labels was looked for.
-    """
+def draw(truth: Integer[np.ndarray, "i j k"], rng: np.random.Generator, size: int = VOXELS) -> "Drawn":
+    """A fair sample of one case's voxels on the prepared grid. `truth` holds numbers of parts, -1 where nobody knows."""
     places, weight = _places(truth, rng, size)
-    sought = [n for n, label in enumerate(plan.labels) if annotated is None or label.name in annotated]
-    if not len(places) or not sought:
-        return None
-    said = logits.reshape(len(logits), -1)[:, places].T.astype(np.float32)
-    number = truth.ravel()[places]
-    if not plan.has_regions:
-        unsought = tuple(n + 1 for n in range(len(plan.labels)) if n not in sought)
-        number = np.where(np.isin(number, unsought), 0, number)  # a label that was not looked for is painted nowhere
-        return Sample(logits=said, truth=number.astype(np.int64), weight=weight, unsought=unsought)
-    is_in = plan.membership[sought][:, number]
-    pairs = np.stack([np.zeros(is_in.size, np.float32), said[:, sought].T.ravel()], axis=1)
-    weights = np.tile(weight / len(sought), len(sought))
-    return Sample(logits=pairs, truth=is_in.ravel().astype(np.int64), weight=weights)
+    return Drawn(places=places, truth=truth.ravel()[places], weight=weight)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Drawn:
+    """Voxels of which the networks' logits are asked."""
+
+    places: Integer[np.ndarray, " voxel"]
+    """Counted along the last axis first."""
+    truth: Integer[np.ndarray, " voxel"]
+    weight: Float[np.ndarray, " voxel"]
+
+    def with_logits(
+        self, said: Float[np.ndarray, "voxel channel"], plan: Plan, annotated: Sequence[str] | None = None
+    ) -> Sample | None:
+        """None where nothing is known, or none of the case's labels was looked for."""
+        sought = [n for n, label in enumerate(plan.labels) if annotated is None or label.name in annotated]
+        if not len(self.places) or not sought:
+            return None
+        if not plan.has_regions:
+            unsought = tuple(n + 1 for n in range(len(plan.labels)) if n not in sought)
+            number = np.where(
+                np.isin(self.truth, unsought), 0, self.truth
+            )  # what was not looked for is painted nowhere
+            return Sample(logits=said, truth=number.astype(np.int64), weight=self.weight, unsought=unsought)
+        is_in = plan.membership[sought][:, self.truth]
+        pairs = np.stack([np.zeros(is_in.size, np.float32), said[:, sought].T.ravel()], axis=1)
+        weights = np.tile(self.weight / len(sought), len(sought))
+        return Sample(logits=pairs, truth=is_in.ravel().astype(np.int64), weight=weights)
 
 
 def _places(

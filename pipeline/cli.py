@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from preprocessing.records import nearest
 
-from .bar import Bar
+from .bar import Bar, Lines
 from .errors import Interrupted, UsageError, is_users
 
 if TYPE_CHECKING:
@@ -317,6 +317,81 @@ def _convert(said: "Namespace") -> int:
     return SOME_FAILED if batch.failed else DONE
 
 
+def _describe_import_nnunet(parser: "ArgumentParser") -> None:
+    parser.add_argument(
+        "results",
+        type=Path,
+        help="nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION: plans.json, dataset.json, fold_0 ...",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="The package to make.")
+    parser.add_argument("--folds", default="", help="As 0,1 or all; by default every numbered fold that is there.")
+    parser.add_argument("--checkpoint", default="final", help="final, best or latest of each fold.")
+    parser.add_argument(
+        "--orientation",
+        default="as_stored",
+        help="How scans of the training were stored, as RAS or LPS: new ones are turned to it. as_stored turns nothing, "
+        "like nnU-Net.",
+    )
+
+
+def _import_nnunet(said: "Namespace") -> int:
+    from .nnunet import import_nnunet
+
+    folds = tuple(fold for fold in said.folds.split(",") if fold)
+    package = import_nnunet(
+        said.results, said.out, folds=folds, checkpoint=said.checkpoint, orientation=said.orientation
+    )
+    _say(package.record.origin)
+    _say(f"{package.name} is in {said.out}, fold {', '.join(package.record.folds)}; see {said.out / 'card.md'}")
+    return DONE
+
+
+def _describe_import_monai(parser: "ArgumentParser") -> None:
+    parser.add_argument("bundle", type=Path, help="A MONAI bundle: its folder, or a zip of it.")
+    parser.add_argument("--out", type=Path, required=True, help="The package to make.")
+    parser.add_argument(
+        "--resample", choices=("", "hilum"), default="",
+        help="hilum: where the bundle asks for MONAI's Spacing, hilum's own resampling takes its place; the package says so.",
+    )  # fmt: skip
+    parser.add_argument(
+        "--spacing_mm", type=tuple[float, float, float] | None, default=None,
+        help="Of the scans it was trained on, as [1,1,1], where the bundle brings scans to no voxel size.",
+    )  # fmt: skip
+
+
+def _import_monai(said: "Namespace") -> int:
+    from .bundles import Wishes, import_monai
+
+    package = import_monai(said.bundle, said.out, Wishes(resample=said.resample, spacing_mm=said.spacing_mm))
+    _say(package.record.origin)
+    _say(f"{package.name} is in {said.out}; see {said.out / 'card.md'}")
+    return DONE
+
+
+def _describe_export(parser: "ArgumentParser") -> None:
+    parser.add_argument("package", type=str, help="A package's folder, or models:/NAME@ALIAS in the registry.")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="What to write; of several folds each has its number behind the name."
+    )
+    parser.add_argument("--tracking_uri", help="Where models:/NAME@ALIAS is fetched from; by default hilum's home.")
+
+
+def _export(kind: str) -> Callable[["Namespace"], int]:
+    def act(said: "Namespace") -> int:
+        from . import export_monai, export_onnx, export_torchscript
+        from .batch import open_package
+
+        package = open_package(said.package, said.tracking_uri)
+        verbs = {"onnx": export_onnx, "torchscript": export_torchscript, "monai": export_monai}
+        made = verbs[kind](package, said.out, Bar())
+        for one in made:
+            print(one.path)
+            _say(f"fold {one.fold}: checked against torch: {one.agreement.words}")
+        return DONE
+
+    return act
+
+
 def _describe_plan(parser: "ArgumentParser") -> None:
     _describe_dataset(parser)
     parser.add_argument("--out", type=Path, required=True, help="The YAML to write.")
@@ -369,6 +444,29 @@ def _train(said: "Namespace") -> int:
     return DONE
 
 
+def _describe_tune(parser: "ArgumentParser") -> None:
+    from .config import Tune
+
+    _describe_dataset(parser)
+    parser.add_argument("--package", type=Path, required=True, help="The package's folder; it is sealed anew.")
+    _options(parser, Tune)
+
+
+def _tune(said: "Namespace") -> int:
+    from .config import Tune
+
+    settings = _decoded(Tune, said)
+    from .package import card
+    from .tuning import tune
+
+    package = tune(said.dataset, said.package, settings, Bar())
+    print(card(package.record))
+    _say(
+        f"package {said.package}, id {package.id[:12]}: results of the earlier id stay as they are, in folders of their own."
+    )
+    return DONE
+
+
 def _describe_segment(parser: "ArgumentParser") -> None:
     from .config import Segment
 
@@ -386,10 +484,11 @@ def _segment(said: "Namespace") -> int:
     settings = _decoded(Segment, said)
     from .batch import segment
 
-    batch = segment(said.scan, said.package, said.out, settings, Bar())
-    for row in batch.failed:
-        _say(f"{row.case_id}: {row.message}")
-    _say(f"{batch.told()}; see {said.out / 'index.html'}")
+    batch = segment(said.scan, said.package, said.out, settings, Lines() if settings.progress == "lines" else Bar())
+    if settings.progress == "bar":  # lines have told it already
+        for row in batch.failed:
+            _say(f"{row.case_id}: {row.message}")
+        _say(f"{batch.told()}; see {said.out / 'index.html'}")
     return SOME_FAILED if batch.failed else DONE
 
 
@@ -532,6 +631,36 @@ def _slides_classify(said: "Namespace") -> int:
     return _told_of_slides(classify(said.slides, said.package, said.out, settings, Bar()), said.out / "index.html")
 
 
+def _describe_node(parser: "ArgumentParser") -> None:
+    parser.add_argument("--config", type=Path, help="The node's YAML: its folder, its peers, its routes.")
+    parser.add_argument(
+        "--hash_password",
+        action="store_true",
+        help="Ask for a password and print what belongs into the config instead.",
+    )
+
+
+def _node(said: "Namespace") -> int:
+    if said.hash_password:
+        from getpass import getpass
+
+        from .node.access import hashed
+
+        print(hashed(getpass("password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")))
+        return DONE
+    if said.config is None:
+        raise UsageError("no --config was given; a node needs one. docker/node.yaml is one to begin with.")
+    import logging
+
+    from .node.service import read_config, serve
+
+    node = read_config(said.config)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    _say(f"the status page is on http://{node.showing.host}:{node.showing.port} (Ctrl-C stops the node)")
+    serve(node)
+    return DONE
+
+
 def _describe_ui(parser: "ArgumentParser") -> None:
     parser.add_argument(
         "--tracking_uri",
@@ -596,6 +725,36 @@ VERBS = {
         describe=_describe_convert,
         act=_convert,
     ),
+    "import nnunet": Verb(
+        usage="import nnunet RESULTS_FOLDER --out PACKAGE [--folds 0,1] [--checkpoint best] [--orientation LPS]",
+        does="What nnU-Net v2 trained, as a package: the same logits, without nnU-Net and without pickles.",
+        describe=_describe_import_nnunet,
+        act=_import_nnunet,
+    ),
+    "import monai": Verb(
+        usage="import monai BUNDLE --out PACKAGE [--resample hilum]",
+        does="A package from a MONAI bundle whose network is one of MONAI's; what cannot be done exactly is refused by name.",
+        describe=_describe_import_monai,
+        act=_import_monai,
+    ),
+    "export onnx": Verb(
+        usage="export onnx PACKAGE --out FILE.onnx",
+        does="The trained network for ONNX Runtime and its like; its logits are compared with torch's first.",
+        describe=_describe_export,
+        act=_export("onnx"),
+    ),
+    "export torchscript": Verb(
+        usage="export torchscript PACKAGE --out FILE.ts",
+        does="The trained network for libtorch, which needs no hilum; its logits are compared with torch's first.",
+        describe=_describe_export,
+        act=_export("torchscript"),
+    ),
+    "export monai": Verb(
+        usage="export monai PACKAGE --out BUNDLE",
+        does="A MONAI bundle, as a folder or FILE.zip; MONAI loads it, and its logits are compared, before it is kept.",
+        describe=_describe_export,
+        act=_export("monai"),
+    ),
     "plan": Verb(
         usage="plan DATASET --out PLAN.yaml [--network NAME] [--mode hilum|nnunet]",
         does="Looks at a dataset and plans for it and for this machine, each number with its reason.",
@@ -607,6 +766,12 @@ VERBS = {
         does="Trains one fold of a network; tracked in MLflow, packed, registered.",
         describe=_describe_train,
         act=_train,
+    ),
+    "tune": Verb(
+        usage="tune DATASET --package PACKAGE [--cases 8] [--coarse MINUTES]",
+        does="Measures on held-out cases what speed costs in Dice, chooses, and seals both into the package.",
+        describe=_describe_tune,
+        act=_tune,
     ),
     "segment": Verb(
         usage="segment SCAN... --package PACKAGE --out DIR [--outputs labels,overlay,measurements,page]",
@@ -643,6 +808,12 @@ VERBS = {
         does="Classifies slides: a table, and per slide a heatmap that adds up to the answer, top tiles and a page.",
         describe=_describe_slides_classify,
         act=_slides_classify,
+    ),
+    "node": Verb(
+        usage="node --config NODE.yaml",
+        does="The hospital node: studies in by DICOM, results back into the archive, a page to watch it.",
+        describe=_describe_node,
+        act=_node,
     ),
     "ui": Verb(
         usage="ui [--tracking_uri URI] [--port 5000]",

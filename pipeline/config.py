@@ -13,6 +13,7 @@ from preprocessing.reading import Reading
 from preprocessing.records import nearest
 
 from .errors import UsageError
+from .shards import Shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +95,36 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tune:
+    """What a package's speed is measured on, and whether it gets a coarse model."""
+
+    cases: int = 8
+    """Held-out cases of each fold that are measured, in every way; means over so few order ways well and say less of Dice."""
+    coarse: float | None = None
+    """Minutes to train a coarse model for, which says where to look; added only when held-out cases prove it harmless."""
+    device: str = "auto"
+    """cpu, cuda, or auto: a GPU where there is one."""
+    tracking_uri: str | None = None
+    """Where MLflow keeps the run of a coarse model; by default hilum's home."""
+    allow: tuple[str, ...] = ()
+    """Repairs of scans that are allowed, separated by commas: tilt, uneven, gaps, few, nan, sform, qform."""
+    match: str = ""
+    """The channel onto whose grid the others are resampled where they do not share one."""
+
+    def __post_init__(self) -> None:
+        for name in ("cases", "coarse"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        _ = self.reading
+
+    @property
+    def reading(self) -> Reading:
+        """How scans are read."""
+        return reading_of(self.allow, self.match)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Segment:
     """A batch of scans through a package."""
 
@@ -101,8 +132,8 @@ class Segment:
     """What is written for each case: files of pipeline/outputs/, separated by commas."""
     output_options: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Settings of single outputs, e.g. {overlay: {window: [40, 400]}}."""
-    overlap: float = 0.5
-    """Share of a window that its neighbour covers, per axis."""
+    overlap: float | None = None
+    """Share of a window that its neighbour covers, per axis; by default what `hilum tune` found for the package, else 0.5."""
     flips: bool = False
     """Average over mirrorings of the axes that training mirrored: up to eight times the time, a little more Dice."""
     device: str = "auto"
@@ -110,6 +141,21 @@ class Segment:
     precision: str = "float32"
     """float32, or bfloat16: two to three times as fast on a processor that has it, the labels nearly the same; the report
     says it."""
+    engine: str = "torch"
+    """What runs the networks: torch, onnxruntime or openvino; the last two run what `hilum export` checked."""
+    body: bool = False
+    """Windows that hold nothing but air are called background and not computed; the report says how many."""
+    whole: bool = False
+    """Look everywhere, also where the coarse model that a package may hold sees nothing."""
+    max_memory: str = ""
+    """The most memory the command may take, as 2GB or 500MB; a case that needs more is refused. By default what is free."""
+    shard: str = ""
+    """i/n: of all cases only the i-th of n parts, for array jobs on many machines into one --out, whose file system must have
+    locks that all of them see."""
+    ray: str = ""
+    """The address of a Ray cluster whose nodes share the cases (needs hilum[ray]); all must see --out."""
+    progress: Literal["bar", "lines"] = "bar"
+    """bar: for people; lines: one object of JSON per event on stderr, for machines."""
     tracking_uri: str | None = None
     """Where a package named models:/NAME@ALIAS is fetched from; by default hilum's home."""
     allow: tuple[str, ...] = ()
@@ -119,6 +165,8 @@ class Segment:
 
     def __post_init__(self) -> None:
         _ = self.reading
+        if Shard.parse(self.shard) and self.ray:
+            raise ValueError("both shard and ray were given; each shares the cases among machines by itself. Give one.")
 
     @property
     def reading(self) -> Reading:

@@ -14,19 +14,22 @@ from preprocessing import files
 from preprocessing.reading import STRICT, Reading
 from preprocessing.records import decode, encode
 from preprocessing.verdict import WORDS, Verdict
+from preprocessing.volume import Volume
 
 from .config import refuse_unknown_match
 from .errors import UsageError, is_users
 from .finding import find_scans
+from .machine import free_memory
+from .names import VERDICT
 from .progress import Progress, silent
 from .report import UnreadableReport, as_json, hilum_version, inert, write_whole
-from .results import DONE, ERROR, FAILED, Batch, Row, Work, work_through
+from .results import DONE, ERROR, FAILED, Batch, Handed, Row, work_through
 from .scan import Scan, ours, read_scan, refusal, verdict_on
 from .verdicts import record
 
 logger = logging.getLogger(__name__)
 
-IMAGE, VERDICT = "image.nii.gz", "verdict.json"
+IMAGE = "image.nii.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,13 @@ def convert(
     )
 
 
+COMPANY = 5
+"""Volumes in memory beside the one in hand: two that lie ready, a copy of what is being decoded, the one that is being
+written and its bytes."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class _Converting(Work[Scan, Conversion]):
+class _Converting(Handed[Scan, Conversion]):
     """An image and a verdict for each scan."""
 
     reading: Reading
@@ -104,10 +112,18 @@ class _Converting(Work[Scan, Conversion]):
     def other(self, result: Conversion, scan: Scan) -> str:
         return "" if result.sha256 == scan.identity else "of another scan of the same name"
 
-    def make(self, scan: Scan, folder: Path) -> Row[Conversion]:
-        volume = read_scan(scan, self.channels, self.reading)
-        said = self._said(scan, verdict_on(scan, volume))
-        files.write(volume, folder / IMAGE)
+    def read(self, scan: Scan) -> Volume:
+        return read_scan(scan, self.channels, self.reading)
+
+    def roomy(self, read: Volume) -> bool:
+        return COMPANY * read.voxels.nbytes < free_memory()
+
+    def answer(self, scan: Scan, read: Volume, folder: Path) -> Volume:
+        return read  # it is written as it was read
+
+    def write(self, scan: Scan, answer: Volume, folder: Path) -> Row[Conversion]:
+        said = self._said(scan, verdict_on(scan, answer))
+        files.write(answer, folder / IMAGE)
         write_whole(folder / VERDICT, as_json(encode(said)))  # last: a case is complete when its verdict is there
         return Row(case_id=scan.case_id, status=DONE, report=said)
 

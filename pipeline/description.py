@@ -1,48 +1,51 @@
-"""Any file of ours, or a scan, in words a person can read."""
+"""Any file of ours, or a scan, in words a person can read.
+
+Each kind of file loads what it needs and no more: nobody waits for a reader of DICOM to see a plan, and only the table of
+networks waits for torch.
+"""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from preprocessing import dicom, files
-from preprocessing.plan import Plan
-from preprocessing.verdict import Verdict
-
-from . import seal
-from .checking import judge
-from .conversion import VERDICT, Conversion
 from .errors import UsageError
-from .finding import find_scans
-from .outputs import measurements, page
-from .package import ModelPackage, card
-from .report import Report, millilitres, told
-from .slides import package as slide_packages
-from .verdicts import table
+from .names import MEASUREMENTS, PACKAGE, PAGE, REPORT, VERDICT
+
+if TYPE_CHECKING:
+    from .report import Report
 
 
 def show(path: Path, plan: Path | None = None) -> str:
-    """A scan, plan, package or report, printed; refused when it is none of them. `networks`, where no file is called so,
+    """A scan, plan, package, report or evaluation, printed; refused when it is none of them. `networks`, where no file is called so,
     is a table of all networks, for the windows of a plan."""
     if str(path) == "networks" and not path.is_file():
-        from .catalogue import table as networks
+        from preprocessing.plan import Plan
+
+        from .catalogue import table as networks  # which counts on torch's own tensors
 
         return networks(Plan.read(plan) if plan else None)
     if plan:
         raise UsageError(f"--plan {plan} was given with {path}; it belongs to `hilum show networks`. Leave it out.")
     if not path.exists():
-        raise UsageError(f"{path} does not exist; a scan, plan, package or report is needed. Look at the spelling.")
-    if (path / "package.json").exists() or path.name == "package.json":
+        raise UsageError(
+            f"{path} does not exist; a scan, plan, package, report or evaluation is needed. Look at the spelling."
+        )
+    if (path / PACKAGE).exists() or path.name == PACKAGE:
         return _package(path if path.is_dir() else path.parent)
     if (path / VERDICT).exists() or path.name == VERDICT:
         return _conversion(path / VERDICT if path.is_dir() else path)
-    if (path / "report.json").exists() or path.suffix == ".json":
-        return _slide(path) if _tells_of_a_slide(path) else _report(path)
+    if (path / REPORT).exists() or path.suffix == ".json":
+        return JSON[_subject(path)](path)
     if path.suffix in (".yaml", ".yml"):
         return _plan(path)
     return _scan(path)
 
 
 def _package(folder: Path) -> str:
+    from . import seal
+    from .package import ModelPackage, card
+    from .slides import package as slide_packages
+
     if seal.kind_of(folder) in slide_packages.KINDS:
         of_slides = slide_packages.SlidePackage.load(folder)
         written, sealed = slide_packages.card(of_slides.record), of_slides.id
@@ -53,11 +56,14 @@ def _package(folder: Path) -> str:
 
 
 def _report(path: Path) -> str:
+    from .report import Report, run_words, told
+
     report = Report.read(path)
     folder = path if path.is_dir() else path.parent
     lines = [f"{report.case_id}: {report.status}, by {report.package_name} ({report.package_id[:12]})", ""]
     lines += _findings(report, _parts(folder))
     lines += [f"  warning: {warning}" for warning in report.warnings]
+    lines += [f"  unsure of {name}: {_unsure(found)}" for name, found in report.uncertainty.items()]
     lines += [f"  map of {name}: {standing}" for name, standing in report.explanations.items()]
     lines += [f"  repaired: {repair}" for repair in report.repairs]
     lines += [f"  note: {note}" for note in report.notes]
@@ -67,6 +73,7 @@ def _report(path: Path) -> str:
         f"  scan    {', '.join(filter(None, (report.verdict, report.modality, report.encoding)))}",
         f"  grid    {_grid(report.grid)}",
         f"  read    {', '.join(report.sources)}",
+        *(f"  {name:<7} {words}" for name, words in run_words(report)),
     ]
     lines += [
         f"  files   {', '.join(report.files)}",
@@ -77,22 +84,50 @@ def _report(path: Path) -> str:
     return "\n".join(lines)
 
 
-def _tells_of_a_slide(path: Path) -> bool:
+def _unsure(found: dict[str, float]) -> str:
+    return ", ".join(f"{kind} {value:.3g}" for kind, value in found.items())
+
+
+def _subject(path: Path) -> str:
+    """Of what a JSON file tells: a slide, an evaluation, or else a case; the reader of reports says what is wrong."""
     try:
-        said = json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8"))
-    except ValueError:  # the reader of reports says what is wrong
-        return False
-    return isinstance(said, dict) and "slide_id" in said
+        said = json.loads((path / REPORT if path.is_dir() else path).read_text(encoding="utf-8"))
+    except ValueError:
+        return "case"
+    if not isinstance(said, dict):
+        return "case"
+    return "slide" if "slide_id" in said else "evaluation" if {"summary", "tolerance_mm"} <= said.keys() else "case"
+
+
+def _evaluation(path: Path) -> str:
+    """The summary per label that `evaluate` printed, and the cases that are in no mean."""
+    from preprocessing.records import decode
+
+    from .evaluation import Summary, figure, summary_lines
+
+    said = json.loads(path.read_text(encoding="utf-8"))
+    counted = ("cases", "missed", "invented")
+    summary = [
+        {"label": label, "of": {name: one for name, one in found.items() if name not in counted}}
+        | {name: found[name] for name in counted}
+        for label, found in said["summary"].items()
+    ]
+    lines = summary_lines(decode(tuple[Summary, ...], summary, where=path.name))
+    lines.append(f"mean Dice {figure(said['mean_dice'], 3)}; NSD at {said['tolerance_mm']:g} mm")
+    lines += [f"  failed: {case}: {reason}" for case, reason in said["failed"].items()]
+    if (beside := path.with_suffix(".html")).is_file():
+        lines.append(f"  page    {beside.resolve().as_uri()}")
+    return "\n".join(lines)
 
 
 def _slide(path: Path) -> str:
     """A slide that was classified, or whose tiles were."""
-    from .slides.naming import ClassMapReport  # torch and timm are not loaded for a plan
+    from .slides.class_map_report import ClassMapReport
     from .slides.report import SlideReport
     from .slides.result import probability
 
     folder = path if path.is_dir() else path.parent
-    names_tiles = "areas_mm2" in json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    names_tiles = "areas_mm2" in json.loads((folder / REPORT).read_text(encoding="utf-8"))
     report = ClassMapReport.read(folder) if names_tiles else SlideReport.read(folder)
     origin = report.origin
     x, y = report.microns_per_pixel
@@ -116,9 +151,13 @@ def _slide(path: Path) -> str:
     return "\n".join(lines)
 
 
+JSON = {"slide": _slide, "evaluation": _evaluation, "case": _report}
+"""Who tells of what."""
+
+
 def address_of(path: Path) -> str:
     """Where a browser finds the page of this case; empty where there is none."""
-    found = (path if path.is_dir() else path.parent) / page.FILE_NAME
+    found = (path if path.is_dir() else path.parent) / PAGE
     return found.resolve().as_uri() if found.is_file() else ""
 
 
@@ -126,7 +165,9 @@ MOST_PARTS = 5
 """Lines of parts under a label; measurements.json has more."""
 
 
-def _findings(report: Report, parts: dict[str, Any]) -> list[str]:
+def _findings(report: "Report", parts: dict[str, Any]) -> list[str]:
+    from .report import millilitres, place
+
     lines = []
     for name, ml in report.volumes_ml.items():
         sure = f"   confidence {report.confidence[name]:.2f}" if name in report.confidence else ""
@@ -136,7 +177,7 @@ def _findings(report: Report, parts: dict[str, Any]) -> list[str]:
             continue
         for part in found[:MOST_PARTS]:
             lines.append(
-                f"    {part['number']:>3} {'':<14} {millilitres(part['volume_ml']):>12}   {page.place(part['centroid_mm'])}"
+                f"    {part['number']:>3} {'':<14} {millilitres(part['volume_ml']):>12}   {place(part['centroid_mm'])}"
             )
         if (more := len(found) - MOST_PARTS) > 0:
             lines.append(f"    and {more} smaller")
@@ -146,13 +187,15 @@ def _findings(report: Report, parts: dict[str, Any]) -> list[str]:
 def _parts(folder: Path) -> dict[str, Any]:
     """Of each label its parts, from the measurements beside the report; empty where they were not asked for."""
     try:
-        labels = json.loads((folder / measurements.FILE_NAME).read_text(encoding="utf-8"))["labels"]
+        labels = json.loads((folder / MEASUREMENTS).read_text(encoding="utf-8"))["labels"]
         return {name: label["parts"] for name, label in labels.items()}
     except (FileNotFoundError, KeyError):  # not asked for, or by a hilum that knew no parts
         return {}
 
 
 def _conversion(path: Path) -> str:
+    from .conversion import Conversion
+
     said = Conversion.read(path)
     grid = f"{_grid(said.grid)}, {said.encoding}" if said.grid else f"{len(said.files)} file(s)"
     lines = [f"{said.case}: {said.word}. {', '.join(filter(None, (said.modality, grid)))}"]
@@ -168,6 +211,8 @@ def _grid(grid: dict[str, Any]) -> str:
 
 
 def _plan(path: Path) -> str:
+    from preprocessing.plan import Plan
+
     plan = Plan.read(path)
     facts = {
         "channels": ", ".join(plan.channels),
@@ -197,6 +242,13 @@ def _short(value: Any) -> str:
 
 
 def _scan(path: Path) -> str:
+    from preprocessing import dicom, files
+    from preprocessing.verdict import Verdict
+
+    from .checking import judge
+    from .finding import find_scans
+    from .verdicts import table
+
     scans = find_scans([path]).scans if path.is_dir() or dicom.is_dicom(path) else ()
     if len(scans) > 1:
         return table({scan.case_id: judge(scan) for scan in scans})

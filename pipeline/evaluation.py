@@ -34,6 +34,7 @@ __all__ = [
     "compare",
     "dice",
     "evaluate",
+    "summary_lines",
     "table",
     "write",
 ]
@@ -272,18 +273,24 @@ def as_csv(evaluation: Evaluation) -> str:
 
 def table(evaluation: Evaluation) -> str:
     """The summary as a person reads it."""
-    width = max([len("label"), *(len(one.label) for one in evaluation.summary)])
-    columns = {"dice": 3, "iou": 3, "nsd": 3, "hd95_mm": 2, "assd_mm": 2, "lesion_f1": 3, "volume_error_ml": 2}
-    heads = [WORDS[name].removeprefix("volume ") for name in columns]
-    lines = [" ".join([f"{'label':<{width}} {'cases':>5}", *(f"{head:>9}" for head in heads), "missed invented"])]
-    for one in evaluation.summary:
-        figures = [f"{figure(one.of[name].mean, digits):>9}" for name, digits in columns.items()]
-        lines.append(" ".join([f"{one.label:<{width}} {one.cases:>5}", *figures, f"{one.missed:>6} {one.invented:>8}"]))
+    lines = summary_lines(evaluation.summary)
     within = evaluation.mean_dice_interval
     sure = f" (95 % interval {within[0]:.3f} to {within[1]:.3f})" if within else ""
     lines.append(f"mean Dice {figure(evaluation.mean_dice, 3)}{sure}; NSD at {evaluation.tolerance_mm:g} mm")
     lines += [""] * bool(evaluation.against) + _told(evaluation)
     return "\n".join(lines)
+
+
+def summary_lines(summary: Sequence[Summary]) -> list[str]:
+    """A line per label, under a line of heads."""
+    width = max([len("label"), *(len(one.label) for one in summary)])
+    columns = {"dice": 3, "iou": 3, "nsd": 3, "hd95_mm": 2, "assd_mm": 2, "lesion_f1": 3, "volume_error_ml": 2}
+    heads = [WORDS[name].removeprefix("volume ") for name in columns]
+    lines = [" ".join([f"{'label':<{width}} {'cases':>5}", *(f"{head:>9}" for head in heads), "missed invented"])]
+    for one in summary:
+        figures = [f"{figure(one.of[name].mean, digits):>9}" for name, digits in columns.items()]
+        lines.append(" ".join([f"{one.label:<{width}} {one.cases:>5}", *figures, f"{one.missed:>6} {one.invented:>8}"]))
+    return lines
 
 
 def _told(evaluation: Evaluation) -> list[str]:

@@ -30,8 +30,9 @@ from .errors import UsageError
 from .faithfulness import Faithfulness, judge
 from .lens import Lens, Look
 from .outputs.measurements import MOST_PARTS
-from .prediction import Inference, Windows, choose_device
+from .prediction import Inference, choose_device
 from .report import Explanation
+from .stream import Windows
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,7 @@ class Scene:
     @staticmethod
     def of(volume: Volume, labels: Volume, plan: Plan, how: Inference) -> "Scene":
         prepared, trail = prepare(volume, plan.steps)
-        windows = Windows.over(prepared.geometry.shape, plan.patch, how.overlap)
+        windows = Windows.over(prepared.geometry.shape, plan.patch, how.overlap, plan.bell)
         geometry, scan = prepared.geometry, prepared.to_tensor()
         return Scene(scan=scan, windows=windows, trail=trail, geometry=geometry, labels=labels, plan=plan)
 

@@ -4,8 +4,7 @@ is computed and nothing is held. A ledger writes down every tensor that comes to
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,40 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from networks.parts.losses import DeepSupervision
-from preprocessing.plan import Recipe
+from preprocessing.plan import Recipe, Triple
 
-Triple = tuple[int, int, int]
-Precision = Literal["float32", "bfloat16"]
+from .demand import Footprint, Precision
 
 STATES = {"adamw": 2, "sgd": 1}
 """Numbers an optimiser keeps for every weight."""
-PROCESS_GB = {"cpu": 1.0, "cuda": 0.0}
-"""What the process holds before its first step. Measured: Python, torch, Lightning and MLflow, 0.96 to 1.06 GB; what CUDA
-holds of a GPU is missing from its free memory already."""
-BESIDE_GB = {"cpu": 0.1, "cuda": 0.3}
-"""What lies beside the tensors: on a CPU oneDNN's own and the allocator's gaps, measured 0.05 to 0.15 GB; on a GPU cuDNN's
-workspaces, an allowance that nobody has measured here."""
-GAPS = {"cpu": 1.0, "cuda": 1.1}
-"""torch's allocator on a GPU hands out blocks that do not quite fill its segments."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Footprint:
-    """Bytes of tensors in a training step."""
-
-    held: int
-    """From step to step: weights, what the optimiser keeps of each, their running mean."""
-    peak: int
-    """At most at once, what is held included."""
-
-    def gigabytes(self, kind: str) -> float:
-        """With everything beside the tensors, on a `cpu` or on `cuda`; the process before its first step not counted."""
-        return self.peak / 1e9 * GAPS[kind] + BESIDE_GB[kind]
-
-    def demand(self, voxels: int, kind: str) -> tuple[float, float]:
-        """Gigabytes that do not grow, and bytes per voxel of all windows of a step: the stages being the same, memory grows
-        along a straight line from what is held (benchmarks/plan_memory.py)."""
-        return self.held / 1e9 * GAPS[kind] + BESIDE_GB[kind], (self.peak - self.held) / voxels * GAPS[kind]
 
 
 def footprint(

@@ -1,10 +1,9 @@
 """What there is to train with: the limits of a container count, not the size of its host."""
 
+import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from preprocessing.cores import ROOT, groups, usable_cores, words
 from preprocessing.rules import Machine
@@ -13,9 +12,23 @@ from preprocessing.rules import Machine
 def measure_machine(device: str, root: Path = ROOT) -> Machine:
     """Free memory and cores, of the GPU where one is asked for and there. `root` is where /proc and /sys lie."""
     cores = usable_cores(root)
-    if device != "cpu" and torch.cuda.is_available():
-        return Machine(memory_gb=torch.cuda.mem_get_info()[0] / 1e9, cores=cores, has_gpu=True)
+    if device != "cpu" and may_have_gpu():
+        import torch  # not at the top: most machines without a GPU are told from others without it
+
+        if torch.cuda.is_available():
+            return Machine(memory_gb=torch.cuda.mem_get_info()[0] / 1e9, cores=cores, has_gpu=True)
     return Machine(memory_gb=free_memory(root) / 1e9, cores=cores, has_gpu=False)
+
+
+def may_have_gpu() -> bool:
+    """Whether a GPU's driver is here, without which torch sees none: NVIDIA's library, or AMD's device."""
+    if Path("/dev/kfd").exists():
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def free_memory(root: Path = ROOT) -> int:

@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from preprocessing.records import BadRecord, decode
 
 from . import seal
 from .calibration import Calibration
+from .curve import BEARABLE, Curve
 from .errors import DamagedPackage, PackageError
 from .postprocessing import Chosen, HeldOut, Rule, choose
 from .report import hilum_version, recover
@@ -59,6 +60,27 @@ class Fold:
             raise BadRecord(f"a fold's temperature is {self.temperature}; a number above 0 is needed. Fit it again.")
 
 
+COARSE = "weights-coarse.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coarse:
+    """A second model that says where to look: at larger voxels it sees a whole scan in a moment."""
+
+    weights: str = COARSE
+    """The file's name inside the package."""
+    network: str
+    network_config: dict[str, Any]
+    plan: Plan
+    """Its own: the same channels and labels, larger voxels."""
+    margin_mm: float
+    """How far around what it finds the networks look."""
+    cases: int
+    """Scans it was not trained on; in none of them a voxel of a label lay outside."""
+    share: float
+    """Of their voxels, the mean share that was looked at."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Package:
     """Everything package.json says; `files` and `id` seal it."""
@@ -77,6 +99,12 @@ class Package:
     """Of what the weights were trained with."""
     postprocessing: tuple[Chosen, ...] = ()
     """What is done to every label map, in order: chosen anew from all held-out cases whenever a fold is added."""
+    curve: Curve | None = None
+    """What speed costs, as `hilum tune` measured it; None: nobody did."""
+    coarse: Coarse | None = None
+    """What says where to look; None: everywhere."""
+    origin: str = ""
+    """Who trained it where hilum did not, and what that means, in sentences."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 of every other file of the package."""
     id: str = ""
@@ -123,11 +151,9 @@ class ModelPackage:
         record = seal.read(folder, Package, kinds=("scans",), formats=READABLE)
         path = folder / seal.FILE_NAME
         _refuse_unknown_labels(path, record)
-        for fold in record.folds.values():
-            if fold.weights not in record.files:
-                raise DamagedPackage(
-                    f"{path} names the weights {fold.weights}, which it does not seal. {seal.FETCH_AGAIN}"
-                )
+        for weights in _weights(record):
+            if weights not in record.files:
+                raise DamagedPackage(f"{path} names the weights {weights}, which it does not seal. {seal.FETCH_AGAIN}")
         return ModelPackage(folder=folder, record=record)
 
     def networks(self) -> list["nn.Module"]:
@@ -139,6 +165,19 @@ class ModelPackage:
             )
             for fold in record.folds.values()
         ]
+
+    def coarse_network(self) -> "nn.Module":
+        """The network that says where to look, of a package that has one."""
+        coarse = self.record.coarse
+        assert coarse
+        network = build_network(coarse.network, coarse.network_config, coarse.plan)
+        return seal.read_weights(network, self.folder / coarse.weights)
+
+
+def _weights(record: Package) -> list[str]:
+    """The files of weights it names."""
+    coarse = [record.coarse.weights] if record.coarse else []
+    return [*(fold.weights for fold in record.folds.values()), *coarse]
 
 
 def build_network(name: str, config: dict[str, Any], plan: Plan) -> "nn.Module":
@@ -198,12 +237,35 @@ def _saved(
         folds=folds,
         versions=library_versions(),
         postprocessing=choose(_each_case_once(folds), plan),
+        curve=before.curve if before else None,
+        coarse=before.coarse if before else None,
+        origin=before.origin if before else "",
     )
+    return _written(folder, before, record, {fold.weights: network})
 
+
+def amend(
+    package: ModelPackage, change: Callable[[Package], Package], networks: Mapping[str, "nn.Module"] | None = None
+) -> ModelPackage:
+    """The package saying more of itself, with weights added by their files' names; those that it has stay as they are.
+
+    It gets another id, for what it says of a scan may be another thing now.
+    """
+    with seal.alone(package.folder):
+        recover(package.folder)
+        before = ModelPackage.load(package.folder).record
+        record = replace(change(before), format=FORMAT, hilum=hilum_version(), files={}, id="")
+        return _written(package.folder, before, record, networks or {})
+
+
+def _written(
+    folder: Path, before: Package | None, record: Package, networks: Mapping[str, "nn.Module"]
+) -> ModelPackage:
     def fill(building: Path, record: Package) -> None:
-        for earlier in before.folds.values() if before else ():
-            shutil.copy2(folder / earlier.weights, building / earlier.weights)
-        seal.write_weights(network, building / fold.weights)
+        for name in _weights(before) if before else ():
+            shutil.copy2(folder / name, building / name)
+        for name, network in networks.items():
+            seal.write_weights(network, building / name)
         (building / "card.md").write_text(card(record))
 
     seal.write(folder, record, fill)
@@ -244,20 +306,27 @@ def card(record: Package) -> str:
         "",
         *_said_of_rules(record),
         "",
+        "## How fast it is",
+        "",
+        *_said_of_speed(record),
+        "",
         "## What it was made of",
         "",
         f"- network: {record.network}, {len(record.folds)} fold(s){', averaged' if len(record.folds) > 1 else ''}",
-        *(f"- {_said_of_fold(number, fold)}" for number, fold in record.folds.items()),
+        *([f"- {record.origin}"] if record.origin else []),
+        *(f"- {_said_of_fold(number, fold, record)}" for number, fold in record.folds.items()),
         f"- prepared voxel: {'×'.join(f'{s:g}' for s in plan.spacing_mm)} mm; window: {'×'.join(map(str, plan.patch))} voxels",
         f"- made by hilum {record.hilum}, {', '.join(f'{n} {v}' for n, v in record.versions.items())}, on {record.created}",
-        f"- trained on the dataset with sha256 {plan.dataset}",
+        *([f"- trained on the dataset with sha256 {plan.dataset}"] if plan.dataset else []),
         "",
     ]
     return "\n".join(lines)
 
 
-def _said_of_fold(number: str, fold: Fold) -> str:
+def _said_of_fold(number: str, fold: Fold, record: Package) -> str:
     name = "all cases, none held out" if number == ALL else f"fold {number}"
+    if record.origin:  # whoever trained it says neither with what seed, nor always on how many cases
+        return f"{name}: {fold.epochs} epochs" + (f", {fold.minutes:g} minutes" if fold.minutes else "")
     return f"{name}: {fold.cases_trained} cases, {fold.epochs} epochs, {fold.minutes:g} minutes, seed {fold.seed}"
 
 
@@ -308,10 +377,39 @@ def _said_of_rule(chosen: Chosen) -> str:
         f"{label} {before:.3f} to {chosen.dice_after[label]:.3f}" for label, before in chosen.dice_before.items()
     )
     words = chosen.rule.words[0].upper() + chosen.rule.words[1:]
+    if not chosen.cases:  # it came with imported weights
+        return f"{words}: so did whoever trained it; nobody measured it here."
     return (
         f"{words}: mean Dice over {chosen.cases} held-out cases of fold(s) {', '.join(chosen.folds)} rises, {rises}. "
         f"{chosen.better} case(s) better, {chosen.worse} worse."
     )
+
+
+def _said_of_speed(record: Package) -> list[str]:
+    said = _said_of_curve(record.curve) if record.curve else ["Nobody measured it; `hilum tune` does."]
+    if coarse := record.coarse:
+        size = "×".join(f"{s:g}" for s in coarse.plan.spacing_mm)
+        said += ["", f"It looks only where a coarse model ({coarse.network}, voxels of {size} mm) finds something, and "
+                 f"{coarse.margin_mm:g} mm around: in {coarse.cases} held-out case(s) {coarse.share:.0%} of the voxels, and no "
+                 "voxel of a label lay outside. `segment --whole` looks everywhere."]  # fmt: skip
+    return said
+
+
+def _said_of_curve(curve: Curve) -> list[str]:
+    chosen = curve.choice()
+    return [
+        f"Mean Dice of {curve.cases} held-out case(s) of fold(s) {', '.join(curve.folds)}, and seconds for a case and fold, on "
+        f"{curve.machine}. Agreement is the Dice with the labels that float32 gives with the same windows.",
+        "",
+        "| windows | precision | mean Dice | agreement | seconds |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {point.words} | {point.precision} | {point.dice:.4f} | {point.agreement:.4f} | {point.seconds:.3g} |"
+            for point in curve.points
+        ),
+        "",
+        f"`segment` takes {chosen.words}: the quickest within {BEARABLE:g} of the best. `--overlap` or `--flips` take another.",
+    ]
 
 
 def _mean_dice(record: Package, label: str) -> str:

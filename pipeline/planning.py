@@ -2,27 +2,25 @@
 
 import logging
 import math
-from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache, partial
+import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import networks
-from networks.parts.blocks import topology
+from networks.parts.stages import topology
 from preprocessing import datasets
 from preprocessing.nnunet import PRESETS, Configuration, nnunet_plan
-from preprocessing.plan import Fingerprint, Plan, Recipe, Triple, with_patch
+from preprocessing.plan import Fingerprint, Plan, Triple, with_patch
 from preprocessing.reading import STRICT, Reading
 from preprocessing.records import decode
 from preprocessing.rules import Demand, Machine, Spacing, make_plan
 from preprocessing.steps import Resample
 
 from .config import refuse_unknown_match
+from .demand import BESIDE_GB, PROCESS_GB, Elsewhere, Find, Footprint, Network, Precision, Settings, here
 from .errors import UsageError
-from .footprint import BESIDE_GB, PROCESS_GB, Footprint, Precision, footprint
 from .machine import measure_machine
-from .prediction import choose_device
 from .progress import Progress, silent
 
 logger = logging.getLogger(__name__)
@@ -64,7 +62,9 @@ def plan(
     opened = datasets.open_dataset(dataset, reading)
     refuse_unknown_match(reading, opened.channels)
     fingerprint = datasets.take_fingerprint(opened, lambda done, of: progress("look at every case", done, of))
-    made, _ = planned(fingerprint, wishes)
+    with Elsewhere() as elsewhere:
+        # who waits for a plan alone does not wait for torch, if others asked before
+        made, _ = _planned(fingerprint, wishes, here if "torch" in sys.modules else elsewhere)
     if out:
         made.write(out)
     return made
@@ -72,17 +72,31 @@ def plan(
 
 def planned(fingerprint: Fingerprint, wishes: Wishes = Wishes()) -> tuple[Plan, Any]:
     """The plan, its window one that the network accepts, and the network's Config with the stages that suit it."""
-    choose_device(wishes.device)  # a GPU that is not there is refused, not planned for as a CPU
-    module, machine = networks.load(wishes.network), measure_machine(wishes.device)
+    made, fitted = _planned(fingerprint, wishes, here)
+    return made, decode(networks.load(wishes.network).Config, fitted, where=f"network_options of {wishes.network}")
+
+
+def _planned(fingerprint: Fingerprint, wishes: Wishes, find: Find) -> tuple[Plan, Settings]:
+    _refuse_missing(wishes.device)
+    networks.refuse_unknown(wishes.network)
+    network, machine = Network(name=wishes.network, find=find), measure_machine(wishes.device)
     if wishes.memory_gb and wishes.mode == "hilum":
         machine = replace(machine, memory_gb=wishes.memory_gb)
-    made = _made(fingerprint, module, machine, wishes) if wishes.plan is None else Plan.read(wishes.plan)
+    made = _made(fingerprint, network, machine, wishes) if wishes.plan is None else Plan.read(wishes.plan)
     if wishes.plan:
         _refuse_two_spacings(made, wishes.plan)
     made = replace(made, network_options=made.network_options | wishes.network_options)
-    config = _config(module, made, wishes)
-    made = _accepted(made, module.divisor(config), wishes)
-    return _with_memory(made, module, config, machine, wishes), config
+    fitted = network.fit(made.network_options, made.patch, made.spacing_mm)
+    made = _accepted(made, network.divisor(fitted), wishes)
+    return _with_memory(made, network, fitted, machine, wishes), fitted
+
+
+def _refuse_missing(device: str) -> None:
+    """A GPU that is not there is refused, not planned for as a CPU; `auto` and `cpu` are always there."""
+    if device not in ("auto", "cpu"):
+        from .prediction import choose_device  # not at the top: torch
+
+        choose_device(device)
 
 
 def _refuse_two_spacings(made: Plan, path: Path) -> None:
@@ -94,13 +108,13 @@ def _refuse_two_spacings(made: Plan, path: Path) -> None:
             )
 
 
-def _made(fingerprint: Fingerprint, module: ModuleType, machine: Machine, wishes: Wishes) -> Plan:
+def _made(fingerprint: Fingerprint, network: Network, machine: Machine, wishes: Wishes) -> Plan:
     if wishes.mode == "hilum":
-        return _bounded(fingerprint, module, machine, wishes)
+        return _bounded(fingerprint, network, machine, wishes)
     made = nnunet_plan(
         fingerprint, topology, preset=wishes.preset, configuration=wishes.configuration, memory_gb=wishes.memory_gb
     )
-    if set(made.network_options) <= {known.name for known in fields(module.Config)}:
+    if set(made.network_options) <= network.knows():
         return made
     why = f"{wishes.network} has stages of its own; nnU-Net's are for residual_unet"
     return replace(made, network_options={}, reasons=made.reasons | {"network_options": why})
@@ -110,19 +124,18 @@ GPU_WIDTH = 32
 """nnU-Net v2's first channels; on a CPU a network's own default stays."""
 
 
-def _bounded(fingerprint: Fingerprint, module: ModuleType, machine: Machine, wishes: Wishes) -> Plan:
+def _bounded(fingerprint: Fingerprint, network: Network, machine: Machine, wishes: Wishes) -> Plan:
     """hilum's rules with what this very network asks for: measured for the window that they give, until they keep it."""
-    options, why_options = _options(module, machine, wishes)
-    chosen = _decoded(module, options | wishes.network_options, wishes)
+    options, why_options = _options(network, machine, wishes)
+    chosen = options | wishes.network_options
 
     def divisor(patch: Triple, spacing: Spacing) -> Triple:
-        found: Triple = module.divisor(module.fit(chosen, patch=patch, spacing=spacing))
-        return found
+        return network.divisor(network.fit(chosen, patch, spacing))
 
     made = make_plan(fingerprint, machine, Demand(divisor=divisor))
     fixed, per_voxel = 0.0, 0.0
     for _ in range(6):
-        step = _counted(made, module, module.fit(chosen, patch=made.patch, spacing=made.spacing_mm), machine)
+        step = _counted(made, network, network.fit(chosen, made.patch, made.spacing_mm), machine)
         again = step.demand(math.prod(made.patch) * made.batch, _kind(machine)[0])
         # only ever more: what a smaller window asks for must not bring the larger one back
         fixed, per_voxel = max(fixed, again[0]), max(per_voxel, again[1])
@@ -133,21 +146,10 @@ def _bounded(fingerprint: Fingerprint, module: ModuleType, machine: Machine, wis
     return replace(made, network_options=options, reasons=made.reasons | {"network_options": why_options})
 
 
-def _options(module: ModuleType, machine: Machine, wishes: Wishes) -> tuple[dict[str, Any], str]:
-    has_width = "width" in {known.name for known in fields(module.Config)}
-    if machine.has_gpu and has_width and "width" not in wishes.network_options:
+def _options(network: Network, machine: Machine, wishes: Wishes) -> tuple[dict[str, Any], str]:
+    if machine.has_gpu and "width" not in wishes.network_options and "width" in network.knows():
         return {"width": GPU_WIDTH}, f"a GPU is fast enough for {GPU_WIDTH} channels, as nnU-Net v2 has"
     return {}, f"{wishes.network}'s own defaults"
-
-
-def _config(module: ModuleType, made: Plan, wishes: Wishes) -> Any:
-    """Stages for the plan's window; what a person or the plan said of the network is kept."""
-    chosen = _decoded(module, made.network_options | wishes.network_options, wishes)
-    return module.fit(chosen, patch=made.patch, spacing=made.spacing_mm)
-
-
-def _decoded(module: ModuleType, options: dict[str, Any], wishes: Wishes) -> Any:
-    return decode(module.Config, options, where=f"network_options of {wishes.network}")
 
 
 def _accepted(made: Plan, divisor: Triple, wishes: Wishes) -> Plan:
@@ -164,9 +166,9 @@ def _accepted(made: Plan, divisor: Triple, wishes: Wishes) -> Plan:
     return replace(with_patch(made, (i, j, k)), reasons=made.reasons | {"patch": why})
 
 
-def _with_memory(made: Plan, module: ModuleType, config: Any, machine: Machine, wishes: Wishes) -> Plan:
+def _with_memory(made: Plan, network: Network, fitted: Settings, machine: Machine, wishes: Wishes) -> Plan:
     kind, _ = _kind(machine)
-    step = _counted(made, module, config, machine)
+    step = _counted(made, network, fitted, machine)
     needed = step.gigabytes(kind)
     if needed > machine.memory_gb:
         logger.warning(
@@ -189,20 +191,12 @@ def _why_memory(made: Plan, step: Footprint, machine: Machine, wishes: Wishes) -
     )
 
 
-def _counted(made: Plan, module: ModuleType, config: Any, machine: Machine) -> Footprint:
+def _counted(made: Plan, network: Network, fitted: Settings, machine: Machine) -> Footprint:
     # the loss that is counted knows a background; of regions, which have none, one alone would be too few for it
-    return _count(module, config, len(made.channels), max(2, made.classes), made.patch, made.batch, made.recipe,
-                  _kind(machine)[1])  # fmt: skip
-
-
-@lru_cache(maxsize=16)
-def _count(
-    module: ModuleType, config: Any, channels: int, classes: int, patch: Triple, batch: int, recipe: Recipe,
-    precision: Precision,
-) -> Footprint:  # fmt: skip
-    """Counted once for each network and window."""
-    build = partial(module.build, config, channels=channels, classes=classes)
-    return footprint(build, channels=channels, patch=patch, batch=batch, recipe=recipe, precision=precision)
+    return network.step(
+        fitted, channels=len(made.channels), classes=max(2, made.classes), patch=made.patch, batch=made.batch,
+        recipe=made.recipe, precision=_kind(machine)[1],
+    )  # fmt: skip
 
 
 def _kind(machine: Machine) -> tuple[str, Precision]:

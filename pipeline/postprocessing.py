@@ -273,6 +273,17 @@ def _reach(rule: Rule, plan: Plan) -> set[str]:
 # the evidence of one case
 
 
+def dice_of(labels: Volume, reference: Volume, plan: Plan, annotated: Sequence[str] | None = None) -> dict[str, float]:
+    """Dice per label of one held-out case, as `tried` has it."""
+    return _scored(_counts(labels.voxels[0], plan.numbered(reference.voxels[0]), plan), plan, annotated)
+
+
+def _scored(
+    counts: Integer[np.ndarray, "found truth"], plan: Plan, annotated: Sequence[str] | None
+) -> dict[str, float]:
+    return {name: dice for name, dice in _dice(counts, plan).items() if annotated is None or name in annotated}
+
+
 def tried(
     labels: Volume, reference: Volume, plan: Plan, annotated: Sequence[str] | None = None
 ) -> tuple[dict[str, float], dict[Rule, dict[str, float]]]:
@@ -281,10 +292,9 @@ def tried(
     Only annotated labels are scored; voxels of which nobody knows the truth do not count. A label that is empty in both
     has no Dice.
     """
-    scored = [label.name for label in plan.labels if annotated is None or label.name in annotated]
     found, truth = labels.voxels[0], plan.numbered(reference.voxels[0])
     counts = _counts(found, truth, plan)
-    before = {name: score for name, score in _dice(counts, plan).items() if name in scored}
+    before = _scored(counts, plan, annotated)
     changes: dict[Rule, dict[str, float]] = {}
     parts: dict[str, Parts | None] = {}
     for rule in candidates(plan):

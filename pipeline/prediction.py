@@ -1,28 +1,31 @@
 """Windows, flips and folds over a prepared scan."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from kernels import resample_argmax, window_blend
-from preprocessing.patches import bell, grid
-from preprocessing.regions import carrying, values_of
-from preprocessing.steps import Resample, prepare
-from preprocessing.volume import Volume
+from preprocessing.steps import prepare
+from preprocessing.volume import Geometry, Volume
 
-from .errors import PackageError, UsageError
+from .body import Body
+from .budget import Budget, Gauge, Load, Way, largest, within
+from .decision import Decision, Ground, Judge, decide
+from .errors import UsageError
+from .maps import PROBABILITIES, Maps, MapWriter
 from .postprocessing import Applied, Rule, clean
+from .report import Memory, WindowCount
+from .stream import Bare, Ladder, Region, Rows, Stream, Windows
 
 if TYPE_CHECKING:
     from preprocessing.plan import Plan
-    from preprocessing.steps import Taken, Trail
+    from preprocessing.steps import Trail
 
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -42,21 +45,39 @@ class Inference:
     """cpu, cuda, or auto: a GPU where there is one."""
     precision: str = "float32"
     """What the networks compute in; windows are summed in float32 all the same."""
+    engine: str = "torch"
+    """What runs the networks: a file of pipeline/engines/."""
+    batch: int = 1
+    """Windows that a network sees at once."""
+    max_memory: int | None = None
+    """Bytes that a case may take beyond the process itself; None: what is free."""
+    body: bool = False
+    """Windows that hold nothing but air are called background and not computed."""
+    why: str = ""
+    """Why windows lie so and what the precision costs, as the package's own held-out cases say it; for the report."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r} is not known; one of {', '.join(PRECISIONS)} is needed.")
         if not 0 <= self.overlap < 1:
             raise UsageError(f"overlap is {self.overlap}; it must be at least 0 and below 1. 0.5 is usual.")
+        if self.batch < 1:
+            raise UsageError(f"batch is {self.batch}; at least one window is needed at once. Leave it out.")
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Prediction:
-    """What the network thinks of every prepared voxel."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What is wanted of every voxel beside its label."""
 
-    probabilities: Volume
-    """One channel per class, background first; they sum to 1. Of regions: one per label, each by itself."""
-    package_id: str
+    probabilities: bool = False
+    uncertainty: bool = False
+    exact: bool = False
+    """Probabilities as floats instead of bytes."""
+
+    def kinds(self, how: Inference, folds: int) -> tuple[str, ...]:
+        """The maps that can be made: folds contradict each other where there are several, passes where some are mirrored."""
+        uncertain = ["entropy", *(["folds"] if folds > 1 else []), *(["flips"] if len(mirrorings(how)) > 1 else [])]
+        return (*([PROBABILITIES] if self.probabilities else []), *(uncertain if self.uncertainty else []))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,67 +91,157 @@ class Found:
     """How long each hop took."""
     changes: tuple[Applied, ...] = ()
     """What each rule of post-processing did."""
+    windows: WindowCount | None = None
+    memory: Memory | None = None
+    maps: Maps | None = None
+    """Probabilities and uncertainty, for whoever asked."""
 
 
 def segment_volume(
-    volume: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str, *,
-    temperatures: Sequence[float] = (), rules: Sequence[Rule] = (),
+    volume: Volume, engines: Sequence[Any], plan: "Plan", how: Inference, package_id: str, *,
+    temperatures: Sequence[float] = (), rules: Sequence[Rule] = (), asked: Asked = Asked(),
+    scratch: Path | None = None, region: "Where | None" = None,
 ) -> Found:  # fmt: skip
-    """The middle hops: prepare, predict, undo the trail, decide, and clean by the package's rules."""
-    marks = [time.perf_counter()]
-    prepared, trail = prepare(volume, plan.steps)
-    marks.append(time.perf_counter())
-    prediction = predict(prepared, networks, plan, how, package_id, temperatures=temperatures)
-    marks.append(time.perf_counter())
-    decided, strength = decide(prediction, trail, plan)
-    labels, changes = clean(decided, rules, plan)
-    confidence = confidence_in(labels, decided, strength, plan)
-    marks.append(time.perf_counter())
-    seconds = {hop: round(after - before, 3) for hop, before, after in zip(HOPS, marks, marks[1:], strict=False)}
-    return Found(labels=labels, confidence=confidence, seconds=seconds, changes=changes)
+    """The middle hops: prepare, predict row by row, undo the trail, decide, and clean by the package's rules.
 
+    `engines`: one per fold, networks or what pipeline/engines/ makes of them. `temperatures`: what each one's logits are
+    divided by; 1 for all when empty. `scratch`: where large files may lie for a while. `region`: where alone to look.
+    """
+    case = _Case(
+        plan=plan, how=how, engines=ready(engines, how), package_id=package_id, asked=asked, scratch=scratch,
+        region=region if isinstance(region, Region) else None,
+        temperatures=tuple(temperatures) or (1.0,) * len(engines), has_rules=bool(rules),
+    )  # fmt: skip
+    marks, gauge = [time.perf_counter()], Gauge(volume.voxels.nbytes)
+    if region is None:  # what there is to look at is known: refused before anything is done to it
+        within(case.load(volume, None), how.batch, how.max_memory)
+    prepared, trail = prepare(volume, plan.steps)
+    if callable(region):
+        case = replace(case, region=region(prepared.geometry))
+    marks.append(time.perf_counter())
+    looked = case.look(volume, prepared, trail, gauge)
+    del prepared  # what comes now has its room
+    decided = looked.decision.labels(volume)
+    marks.append(time.perf_counter())
+    labels, changes = clean(decided, rules, plan)
+    confidence = looked.decision.confidence.of(labels, decided)
+    marks.append(time.perf_counter())
+    gauge.look()
+    seconds = {hop: round(after - before, 3) for hop, before, after in zip(HOPS, marks, marks[1:], strict=False)}
+    return Found(
+        labels=labels, confidence=confidence, seconds=seconds, changes=changes, windows=looked.windows, maps=looked.maps,
+        memory=Memory(stated=looked.budget.bytes, peak=gauge.peak, words=looked.words),
+    )  # fmt: skip
+
+
+Where = Region | Callable[[Geometry], Region | None]
+"""A box on the prepared grid, or what tells it once the grid is known; None of it is everywhere."""
 
 HOPS = ("prepare", "predict", "decide")
 
 
-def predict(
-    prepared: Volume, networks: Sequence[nn.Module], plan: "Plan", how: Inference, package_id: str, *,
-    temperatures: Sequence[float] = (),
-) -> Prediction:  # fmt: skip
-    """The mean over folds (and flips) of the probabilities of blended windows.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Looked:
+    """What came of looking at a scan."""
 
-    `temperatures`: what each network's logits are divided by before they become probabilities; 1 for all when empty.
-    """
-    assert len(temperatures) in (0, len(networks))
+    decision: Decision
+    windows: WindowCount
+    maps: Maps | None
+    budget: Budget
+    words: tuple[str, ...]
+    """What was given up."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Case:
+    """All that is known of a case before its scan is prepared."""
+
+    plan: "Plan"
+    how: Inference
+    engines: Sequence[Any]
+    package_id: str
+    asked: Asked
+    scratch: Path | None
+    region: Region | None
+    temperatures: Sequence[float]
+    has_rules: bool
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return self.asked.kinds(self.how, len(self.engines))
+
+    def look(self, volume: Volume, prepared: Volume, trail: "Trail", gauge: Gauge) -> _Looked:
+        """Windows in, rows out, labels."""
+        budget = within(self.load(volume, prepared.geometry), self.how.batch, self.how.max_memory)
+        body = Body.of(volume, self.plan) if self.how.body else None
+        stream = open_stream(
+            prepared, self.engines, self.plan, self.how, kinds=self.kinds, region=self.region, way=budget.way,
+            scratch=self.scratch, body=body,
+        )  # fmt: skip
+        ground = Ground.under(prepared.geometry, trail, stream.axis, stream.origin, stream.windows.shape)
+        culprit = f"the network of package {self.package_id[:12]}, computing in {self.how.precision},"
+        judge = Judge(plan=self.plan, temperatures=self.temperatures, kinds=self.kinds, culprit=culprit)
+        writer = self._writer(ground)
+        decision = decide(
+            map(judge.weigh, watched(stream.rows(), gauge)), ground, judge, writer=writer, keeps_strength=self.has_rules
+        )
+        maps = writer.finish(ground.before) if writer else None
+        words = (*budget.way.words, *stream.ladder.words)
+        count = replace(stream.count, body=body.words if body else "")
+        return _Looked(decision=decision, windows=count, maps=maps, budget=budget, words=words)
+
+    def _writer(self, ground: Ground) -> MapWriter | None:
+        if not self.kinds:
+            return None
+        return MapWriter.create(
+            self.scratch, self.plan, ground.geometry, self.kinds, axis=ground.axis, exact=self.asked.exact
+        )
+
+    def load(self, volume: Volume, prepared: Geometry | None) -> Load:
+        """What it takes; of a scan that is not prepared yet, at most."""
+        there = prepared or largest(volume.geometry, self.plan.steps)
+        box = _box(there.shape, self.plan.patch, self.region if prepared else None)
+        return Load(
+            geometry=volume.geometry, scan_bytes=volume.voxels.nbytes, channels=len(volume.channels), plan=self.plan,
+            windows=Windows.over(box.shape, self.plan.patch, self.how.overlap, self.plan.bell), prepared=there,
+            engines=self.engines, passes=len(mirrorings(self.how)), kinds=self.kinds, has_rules=self.has_rules,
+            body=self.how.body,
+        )  # fmt: skip
+
+
+def watched(rows: Iterable[Rows], gauge: Gauge) -> Iterator[Rows]:
+    """The rows, and a look at the memory as each comes."""
+    for some in rows:
+        gauge.look()
+        yield some
+
+
+def ready(engines: Sequence[Any], how: Inference) -> list[Any]:
+    """Networks as engines; what is one already stays as it is."""
     device = choose_device(how.device)
-    scan = prepared.to_tensor()
-    total = torch.zeros(plan.classes, *scan.shape[1:])
-    for network, temperature in zip(networks, temperatures or (1.0,) * len(networks), strict=True):
-        network.to(device).eval()
-        logits = blended_logits(scan, network, plan.patch, plan.classes, how, device)
-        if not bool(logits.sum().isfinite()):  # a decision between no numbers would be a guess
-            raise PackageError(
-                f"the network of package {package_id[:12]} answered this scan with values that are no numbers, computing "
-                f"in {how.precision}; finite logits are needed. Look at the scan's intensities with `hilum check`, and at "
-                "the package's scores; if only bfloat16 does it, leave --precision out."
-            )
-        total += probabilities(logits, plan, temperature)
-    voxels = (total / len(networks)).numpy()
-    return Prediction(probabilities=prepared.with_voxels(voxels, channels=class_names(plan)), package_id=package_id)
+    return [Bare(each.eval(), device, how.precision) if isinstance(each, nn.Module) else each for each in engines]
 
 
-def probabilities(
-    logits: Float[Tensor, "classes i j k"], plan: "Plan", temperature: float = 1.0
-) -> Float[Tensor, "classes i j k"]:
-    """Logits as probabilities: classes share 1 among them; regions, which may overlap, each have a yes and a no."""
-    logits = logits / temperature
-    return logits.sigmoid() if plan.has_regions else logits.softmax(dim=0)
+def open_stream(
+    prepared: Volume, engines: Sequence[Any], plan: "Plan", how: Inference, *, kinds: Sequence[str] = (),
+    region: Region | None = None, way: Way | None = None, scratch: Path | None = None, body: Body | None = None,
+) -> Stream:  # fmt: skip
+    """The prepared scan, ready to be looked at by engines."""
+    way = way or Way(batch=how.batch)
+    box = _box(prepared.geometry.shape, plan.patch, region)
+    windows = Windows.over(box.shape, plan.patch, how.overlap, plan.bell)
+    has_body = None if body is None else body.seen_from(prepared.geometry, box.start, plan.patch)
+    return Stream(
+        scan=prepared.voxels, engines=engines, windows=windows, classes=plan.classes, axis=windows.axis,
+        ladder=Ladder(batch=way.batch, place=engines[0].device), origin=box.start, passes=mirrorings(how),
+        has_regions=plan.has_regions, wants_flips="flips" in kinds, has_body=has_body, keeps=way.keeps,
+        on_disk=way.on_disk, scratch=scratch,
+    )  # fmt: skip
 
 
-def class_names(plan: "Plan") -> tuple[str, ...]:
-    """What each channel of a prediction stands for."""
-    labels = tuple(label.name for label in plan.labels)
-    return labels if plan.has_regions else ("background", *labels)
+def _box(shape: tuple[int, int, int], patch: tuple[int, int, int], region: Region | None) -> Region:
+    """Where is looked: all of it, or a region that holds a window at least."""
+    return (region or Region(start=(0, 0, 0), stop=shape)).holding(patch, shape)
 
 
 def blended_logits(
@@ -141,128 +252,24 @@ def blended_logits(
     how: Inference,
     device: torch.device,
 ) -> Float[Tensor, "classes i j k"]:
-    """Every window's logits, weighted by a bell, summed, and divided by the sum of weights (a product of three vectors)."""
-    _, height, width, depth = scan.shape
-    total, windows = (
-        torch.zeros(classes, height, width, depth),
-        Windows.over((height, width, depth), patch, how.overlap),
-    )
-    half = torch.autocast(device.type, PRECISIONS[how.precision], enabled=how.precision != "float32")
-    with torch.inference_mode(), half:
-        for start in windows.starts:
-            window = scan[(slice(None), *windows.place(start))]
-            logits = _flipped_mean(window[None].to(device), network, how)[0].float().cpu()
-            total = window_blend.fused(total, logits, *windows.bells, start)
-    i, j, k = windows.sums
-    return total / (i[:, None, None] * j[None, :, None] * k[None, None, :])
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Windows:
-    """Where windows lie in a prepared scan, and how much each is trusted there: a product of three vectors."""
-
-    patch: tuple[int, int, int]
-    starts: list[tuple[int, int, int]]
-    bells: tuple[Tensor, Tensor, Tensor]
-    """Of one window, along each of its axes."""
-    sums: tuple[Tensor, Tensor, Tensor]
-    """Of all windows, along each axis of the scan."""
-
-    @staticmethod
-    def over(shape: tuple[int, int, int], patch: tuple[int, int, int], overlap: float) -> "Windows":
-        starts = grid(shape, patch, overlap)
-        i, j, k = (torch.from_numpy(bell(side)) for side in patch)
-        sums = tuple(torch.zeros(size) for size in shape)
-        for axis, (along, weight) in enumerate(zip(sums, (i, j, k), strict=True)):
-            for start in sorted({start[axis] for start in starts}):
-                along[start : start + patch[axis]] += weight
-        return Windows(patch=patch, starts=starts, bells=(i, j, k), sums=(sums[0], sums[1], sums[2]))
-
-    def place(self, start: tuple[int, int, int]) -> tuple[slice, slice, slice]:
-        """The window's voxels in the scan."""
-        i, j, k = (slice(first, first + side) for first, side in zip(start, self.patch, strict=True))
-        return i, j, k
-
-    def share(self, start: tuple[int, int, int]) -> Float[Tensor, "i j k"]:
-        """What a window has to say of each of its voxels, of all windows that see it."""
-        i, j, k = (
-            weight / along[side] for weight, along, side in zip(self.bells, self.sums, self.place(start), strict=True)
-        )
-        return i[:, None, None] * j[None, :, None] * k[None, None, :]
+    """All rows of the stream of one network together, for who needs every logit of a scan."""
+    i, j, k = scan.shape[1:]
+    windows = Windows.over((i, j, k), patch, how.overlap)
+    stream = Stream(
+        scan=scan.cpu().numpy(), engines=[Bare(network, device, how.precision)], windows=windows, classes=classes,
+        axis=windows.axis, ladder=Ladder(batch=how.batch, place=device), passes=mirrorings(how),
+    )  # fmt: skip
+    total = torch.empty(classes, i, j, k)
+    for rows in stream.rows():
+        there = total.movedim(stream.axis + 1, 1)
+        there[:, rows.first : rows.first + rows.logits[0].shape[1]] = rows.logits[0]
+    return total
 
 
 def mirrorings(how: Inference) -> list[tuple[int, ...]]:
     """The axes of [B, C, i, j, k] that each pass of a window mirrors; without flips, one pass that mirrors none."""
     axes = [axis for axis, mirrored in zip((2, 3, 4), how.mirrors, strict=True) if mirrored and how.flips]
     return [some for size in range(len(axes) + 1) for some in combinations(axes, size)]
-
-
-def _flipped_mean(window: Tensor, network: nn.Module, how: Inference) -> Tensor:
-    if not how.flips:
-        return network(window)
-    return torch.stack([network(window.flip(some)).flip(some) for some in mirrorings(how)]).mean(dim=0)
-
-
-def decide(prediction: Prediction, trail: "Trail", plan: "Plan") -> tuple[Volume, Volume]:
-    """The label map on the scan's own grid, and the probability of what won in each voxel.
-
-    Probabilities go back through the resampling before the decision: argmax after resampling keeps thin structures. What
-    was done before the resampling interpolates nothing, so there the decision goes back instead. What was cropped away
-    is background. Of regions each is where it is likelier than not, a later one painted over an earlier one.
-    """
-    before, resampled, after = trail.parted()
-    likely, nothing = prediction.probabilities, 0.0 if plan.has_regions else 1.0
-    outside = [nothing, *[0.0] * (len(likely.channels) - 1)]
-    channels = [after.undo(_channel(likely, number), fill) for number, fill in enumerate(outside)]
-    labels, strength = _decided(channels, resampled, plan)
-    labels = before.undo(labels)
-    labels = labels.with_voxels(np.ascontiguousarray(labels.voxels))
-    return labels, before.undo(strength, nothing)
-
-
-def _channel(probabilities: Volume, number: int) -> Volume:
-    voxels = probabilities.voxels[number : number + 1]
-    return probabilities.with_voxels(voxels, channels=(probabilities.channels[number],))
-
-
-def _decided(channels: Sequence[Volume], resampled: "Taken | None", plan: "Plan") -> tuple[Volume, Volume]:
-    """The decision on the grid that the resampling left, a few planes at a time: all classes never lie there at once."""
-    geometry = resampled.before if resampled else channels[0].geometry
-    nearest = resampled.step.separate if resampled and isinstance(resampled.step, Resample) else None
-    labels, strength = np.empty(geometry.shape, plan.lookup.dtype), np.empty(geometry.shape, np.float32)
-    planes = resample_argmax.stream(
-        _slabs(channels),
-        len(channels[0].voxels[0]),
-        geometry.shape,
-        lookup=torch.from_numpy(plan.lookup),
-        threshold=0.5 if plan.has_regions else None,
-        nearest=nearest,
-    )
-    done = 0
-    for some, winner in planes:
-        rows = slice(done, done + len(some))
-        labels[rows], strength[rows], done = some.numpy(), winner.numpy(), rows.stop
-    back = channels[0].with_voxels(strength[None], geometry=geometry, channels=("probability",))
-    return back.with_voxels(labels[None], channels=("labels",)), back
-
-
-def _slabs(channels: Sequence[Volume], planes: int = 4) -> Iterator[Float[Tensor, "classes plane j k"]]:
-    """A copy of a few planes at a time: torch wants no read-only array."""
-    for start in range(0, channels[0].geometry.shape[0], planes):
-        yield torch.from_numpy(np.stack([channel.voxels[0, start : start + planes] for channel in channels]))
-
-
-def confidence_in(labels: Volume, decided: Volume, strength: Volume, plan: "Plan") -> dict[str, float]:
-    """Mean probability of each label where it won and was kept; what a rule filled in won nothing and does not count.
-
-    A region is also where the regions within it won, with the probability of these.
-    """
-    confidence = {}
-    for name, values in values_of(plan.labels).items():
-        kept = carrying(labels.voxels, values) & carrying(decided.voxels, values)
-        if kept.any():
-            confidence[name] = round(float(strength.voxels[kept].mean()), 4)
-    return confidence
 
 
 def choose_device(name: str) -> torch.device:

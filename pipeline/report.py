@@ -21,9 +21,11 @@ from preprocessing.volume import Geometry, GeometryMismatch, Volume
 
 from .errors import UsageError
 from .faithfulness import Faithfulness
+from .maps import Maps
+from .names import REPORT
 from .postprocessing import Applied
 
-FILE_NAME = "report.json"
+FILE_NAME = REPORT
 """A case is complete when this file lies in its folder: it is written last."""
 
 
@@ -67,7 +69,7 @@ class Explanation:
         words = [self.method, self.layer] if self.method == "attention" else [self.label, self.method]
         if self.part is not None:
             words.insert(1, str(self.part))
-        return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in "-".join(words))
+        return file_word("-".join(words))
 
     @property
     def standing(self) -> str:
@@ -77,6 +79,30 @@ class Explanation:
         if self.faithfulness is None:
             return "not tested"
         return f"failed: {'; '.join(self.faithfulness.failed)}" if self.faithfulness.failed else "passed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowCount:
+    """What became of the windows of a scan."""
+
+    computed: int = 0
+    skipped: int = 0
+    """No body in them: background without being computed."""
+    repeated: int = 0
+    """One value throughout, as a window before it: its logits were taken again."""
+    body: str = ""
+    """By what rule body was told from air; empty where nobody asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """What a case was said to take beyond the process itself, and took, in bytes."""
+
+    stated: int
+    peak: int | None = None
+    """The most that was seen; None where the system does not tell."""
+    words: tuple[str, ...] = ()
+    """What was given up to stay within it, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -103,6 +129,14 @@ class Result:
     warnings: tuple[str, ...] = ()
     explanations: tuple[Explanation, ...] = ()
     """Where the networks looked, for the outputs that show it; empty where nobody asked."""
+    maps: Maps | None = None
+    """Probabilities and uncertainty of every voxel; None where nobody asked."""
+    memory: Memory | None = None
+    windows: WindowCount | None = None
+    engine: str = ""
+    """What ran the networks, in words."""
+    region: str = ""
+    """Where alone they looked, and why; empty: everywhere."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Per hop, in order."""
 
@@ -126,6 +160,11 @@ class Result:
             counts += np.bincount(slab.ravel(), minlength=values)
         found = {name: int(counts[list(values)].sum()) for name, values in values_of(self.label_table).items()}
         return {name: count * self.scan.geometry.voxel_ml for name, count in found.items()}
+
+    @cached_property
+    def uncertainty(self) -> dict[str, dict[str, float]]:
+        """Of each label that was found its mean uncertainty, kind by kind; empty where nobody asked."""
+        return self.maps.inside(self.labels, self.label_table) if self.maps else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +206,15 @@ class Report:
     """Mean winning probability inside each label that was found."""
     explanations: dict[str, str] = field(default_factory=dict)
     """Of each map of where a network looked what its tests say: passed, failed, blank or not tested, and why."""
+    uncertainty: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Of each label that was found its mean uncertainty, 0 to 1, kind by kind; empty where nobody asked."""
+    memory: Memory | None = None
+    """What the networks took; None: nobody measured it."""
+    windows: WindowCount | None = None
+    engine: str = ""
+    """What ran the networks, in words; empty: torch, before there was another."""
+    region: str = ""
+    """Where alone the networks looked, and why; empty: everywhere."""
 
     @classmethod
     def of(
@@ -199,6 +247,11 @@ class Report:
             precision=result.precision,
             confidence=dict(result.confidence),
             explanations={name: each.standing for name, each in named(result.explanations)},
+            uncertainty=result.uncertainty,
+            memory=result.memory,
+            windows=result.windows,
+            engine=result.engine,
+            region=result.region,
         )
 
     def write(self, folder: Path) -> Path:
@@ -238,6 +291,11 @@ def named(explanations: Sequence[Explanation]) -> Iterator[tuple[str, Explanatio
         yield each.name if met[each.name] == 1 else f"{each.name}~{met[each.name]}", each
 
 
+def file_word(words: str) -> str:
+    """As a file may be called, on any system."""
+    return "".join(letter if letter.isalnum() or letter in "._-" else "_" for letter in words)
+
+
 def grid(geometry: Geometry) -> dict[str, Any]:
     """A grid in words that JSON knows."""
     return {
@@ -254,6 +312,45 @@ def millilitres(ml: float) -> str:
         return f"{ml:.0f} ml"
     decimals = max(0, 2 - int(np.floor(np.log10(ml))))
     return f"{ml:.{min(decimals, 5)}f} ml"
+
+
+def run_words(said: "Result | Report") -> list[tuple[str, str]]:
+    """How the networks were run, as name and words; nothing of what was not said."""
+    rows = [("engine", said.engine), ("looked at", said.region)]
+    if said.windows:
+        rows.append(("windows", _counted(said.windows)))
+    if said.memory:
+        rows.append(("memory", _took(said.memory)))
+    return [(name, words) for name, words in rows if words]
+
+
+def _counted(windows: WindowCount) -> str:
+    """What was not computed is told only where there is such."""
+    words = [f"{windows.computed} computed"]
+    words += [f"{windows.repeated} of one value throughout, their answer taken again"] if windows.repeated else []
+    words += [f"{windows.skipped} without body ({windows.body}) called background"] if windows.skipped else []
+    return ", ".join(words)
+
+
+def _took(memory: Memory) -> str:
+    """Beside the process itself."""
+    took = "" if memory.peak is None else f"took {gigabytes(memory.peak)}, "
+    return f"{took}was said to take {gigabytes(memory.stated)} at most{''.join(f'; {one}' for one in memory.words)}"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as people say them: 12 MB, 2.4 GB."""
+    return f"{size / 1e9:.3g} GB" if size >= 1e9 else f"{size / 1e6:.3g} MB"
+
+
+SIDES = (("R", "L"), ("A", "P"), ("S", "I"))
+"""The side of the patient towards which x, y, z rise, and the other."""
+
+
+def place(xyz_mm: Sequence[float]) -> str:
+    """As consoles write it: R 12.0, P 3.5, S 20.1 mm."""
+    sides = (rises if mm >= 0 else falls for mm, (rises, falls) in zip(xyz_mm, SIDES, strict=True))
+    return ", ".join(f"{side} {abs(mm):.1f}" for side, mm in zip(sides, xyz_mm, strict=True)) + " mm"
 
 
 def told(applied: Applied) -> str:

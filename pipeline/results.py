@@ -1,21 +1,23 @@
 """A folder of results: each case by itself, whole or not at all, never over another's, and never done twice."""
 
-import fcntl
+import json
 import logging
 import shutil
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, final, runtime_checkable
 
 from preprocessing.volume import ScanError
 
+from .claims import Claims, at_work
 from .errors import UsageError, is_users, stopped_by_signals
-from .progress import Progress
+from .progress import Progress, Tally
+from .relay import Hands, relay
 from .report import UnreadableReport, as_json, recover, swap, write_whole
 from .scan import ours
 
@@ -27,6 +29,9 @@ SUMMARY_SECONDS = 20
 DONE, FAILED = "done", "failed"
 SKIPPED = "skipped as complete"
 EARLIER = "from an earlier run"
+ELSEWHERE = "done elsewhere"
+BUSY = "in other hands"
+WAITING = "not done yet"
 ERROR = "error.json"
 
 
@@ -51,7 +56,8 @@ class Row(Generic[Record]):
     case_id: str
     """Also the name of its folder."""
     status: str
-    """'done', 'failed', 'skipped as complete', 'from an earlier run'."""
+    """'done', 'failed', 'skipped as complete', 'from an earlier run'; where several processes share the cases also 'done
+    elsewhere', 'in other hands', 'not done yet'."""
     report: Record | None = None
     """None where the case failed and nothing is to be said of its scan."""
     error: dict[str, str] | None = None
@@ -64,6 +70,11 @@ class Row(Generic[Record]):
         error = self.error or {}
         parts = [error[part] for part in ("message", "met", "needed", "do") if error.get(part)]
         return " ".join(" ".join(parts).split())
+
+    @property
+    def reason(self) -> str:
+        """The code of a failure: why the scan was refused; empty where it was not the scan's fault, or all went well."""
+        return (self.error or {}).get("reason", "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,25 +146,211 @@ LookedAt = tuple[Input, Row[Record] | None]
 """A case, and its row where it need not be done again."""
 
 
+class Handed(Work[Input, Record]):
+    """Work in three hops, so that one case is read and another written while a third is being looked at."""
+
+    @abstractmethod
+    def read(self, scan: Input) -> Any:
+        """The scan in memory; in a thread of its own."""
+
+    @abstractmethod
+    def answer(self, scan: Input, read: Any, folder: Path) -> Any:
+        """What is to be said of it; what it needs on disk meanwhile goes below this folder and is gone after it."""
+
+    @abstractmethod
+    def write(self, scan: Input, answer: Any, folder: Path) -> Row[Record]:
+        """Its files in this folder; in a thread of its own."""
+
+    @abstractmethod
+    def roomy(self, read: Any) -> bool:
+        """Whether memory holds others beside it, coming and going, while it is answered."""
+
+    def make(self, scan: Input, folder: Path) -> Row[Record]:
+        return self.write(scan, self.answer(scan, self.read(scan), folder), folder)
+
+
+Over = Callable[[Input, Row[Record]], None]
+"""Told of every case that is over, as soon as it is."""
+
+Way = Callable[[Sequence[Input], Any, Claims, Callable[[Input, Row[Record]], None]], None]
+"""How the cases of a run are gone through: `one_by_one`, `handed_on`, or on the nodes of a cluster."""
+
+
 def work_through(
-    cases: Sequence[Input], left_alone: Mapping[str, str], out: Path, work: Work[Input, Record], progress: Progress
-) -> Batch[Record]:
-    """Every case once, its result in a folder of its own below `out`. One bad case never stops the rest."""
+    cases: Sequence[Input], left_alone: Mapping[str, str], out: Path, work: Work[Input, Record], progress: Progress,
+    *, mine: Sequence[Input] | None = None, way: Way[Input, Record] | None = None,
+) -> Batch[Record]:  # fmt: skip
+    """Every case once, its result in a folder of its own below `out`. One bad case never stops the rest.
+
+    `mine`: of all cases those to be done here; given, other processes may be doing the others in the same folder.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with _alone_in(out), stopped_by_signals("complete cases are kept. The same command goes on from there."):
-        rows = list(_earlier(out, work, {case.case_id for case in cases}))
-        written = time.monotonic()
+    go: Way[Input, Record] = way or (handed_on if isinstance(work, Handed) else one_by_one)
+    kept = "complete cases are kept. The same command goes on from there."
+    with at_work(out, shared=mine is not None) as claims, stopped_by_signals(kept):
+        run = _Run(cases, left_alone, work, claims, Tally(progress, work.stage, len(cases if mine is None else mine)))
         try:
-            looked_at = ((case, _complete(case, work, out)) for case in cases)
-            for done, (case, complete) in enumerate(work.ahead(looked_at), start=1):
-                rows.append(complete or _isolated(case, work, out))
-                progress(work.stage, done, len(cases), f"{sum(r.status == FAILED for r in rows)} failed")
-                if time.monotonic() - written > SUMMARY_SECONDS:
-                    work.summarise(out, rows, left_alone)
-                    written = time.monotonic()
+            go(cases if mine is None else mine, work, claims, run.over)
+            if held := [case for case in cases if run.is_held(case)]:
+                go(held, work, claims, run.over)  # whoever had them may be done with them, or dead
         finally:
-            work.summarise(out, rows, left_alone)
-    return Batch(folder=out, rows=tuple(rows))
+            run.summarise()
+            run.tally.ended(counts(run.own))
+    return Batch(folder=out, rows=run.rows if mine is None else run.own)
+
+
+@final
+class _Run(Generic[Input, Record]):
+    """What is known of the cases of a folder while they are gone through."""
+
+    def __init__(
+        self,
+        cases: Sequence[Input],
+        left_alone: Mapping[str, str],
+        work: Work[Input, Record],
+        claims: Claims,
+        tally: Tally,
+    ) -> None:
+        self.cases, self.left_alone, self.work, self.claims, self.tally = cases, left_alone, work, claims, tally
+        self.done: dict[str, Row[Record]] = {}
+        self.earlier = tuple(_earlier(claims.out, work, {case.case_id for case in cases}))
+        self.seen: dict[str, Row[Record]] = {}
+        """Of cases that others have done: looked at once."""
+        self.written = time.monotonic()
+
+    def over(self, case: Input, row: Row[Record]) -> None:
+        """One more case is over, as far as this run is concerned."""
+        self.done[case.case_id] = row
+        self.claims.let_go(case.case_id)
+        self.tally.over(
+            case.case_id, row.status, seconds=row.seconds, reason=row.reason, message=row.message,
+            failed=row.status == FAILED,
+        )  # fmt: skip
+        if time.monotonic() - self.written > SUMMARY_SECONDS:
+            self.summarise()
+            self.written = time.monotonic()
+
+    def is_held(self, case: Input) -> bool:
+        """Whether another process had this case when its turn came."""
+        row = self.done.get(case.case_id)
+        return row is not None and row.status == BUSY
+
+    @property
+    def own(self) -> tuple[Row[Record], ...]:
+        """Rows of the cases that were this run's to do, in their order."""
+        return tuple(self.done[case.case_id] for case in self.cases if case.case_id in self.done)
+
+    @property
+    def rows(self) -> tuple[Row[Record], ...]:
+        return (*self.earlier, *self.own)
+
+    def summarise(self) -> None:
+        """The summary is of the folder: of several processes that share it, whoever writes last has seen all of it."""
+        with self.claims.alone():
+            if not self.claims.shared:
+                self.work.summarise(self.claims.out, self.rows, self.left_alone)
+                return
+            self.work.summarise(self.claims.out, [*self.earlier, *map(self._anywhere, self.cases)], self.left_alone)
+
+    def _anywhere(self, case: Input) -> Row[Record]:
+        """What came of a case, here or in another process."""
+        own = self.done.get(case.case_id)
+        if own and own.status != BUSY:
+            return own
+        if case.case_id not in self.seen:
+            row = _lying(self.work, self.claims.out / case.case_id)
+            if row is None or row.status == FAILED:  # it may still become better
+                return row or own or Row(case_id=case.case_id, status=WAITING)
+            self.seen[case.case_id] = replace(row, status=ELSEWHERE)
+        return self.seen[case.case_id]
+
+
+def one_by_one(cases: Sequence[Input], work: Work[Input, Record], claims: Claims, over: Over[Input, Record]) -> None:
+    """Each after the other; the work itself reads ahead where it can."""
+    looked_at = ((case, _complete(case, work, claims.out)) for case in cases)
+    for case, complete in work.ahead(looked_at):
+        over(case, complete or _isolated(case, work, claims.out))
+
+
+def handed_on(cases: Sequence[Input], work: Handed[Input, Record], claims: Claims, over: Over[Input, Record]) -> None:
+    """The next ones are read, and the last one is written, while one is being looked at."""
+    left = iter(cases)
+    relay(lambda wait: next(left, None), hands(work, claims), over)
+
+
+def hands(work: Handed[Input, Record], claims: Claims) -> Hands[Input, Row[Record]]:
+    """What is done with each case of this work, hop by hop; one that need not be done is a row from the start."""
+    out = claims.out
+
+    def read(case: Input) -> "Row[Record] | _Taken":
+        if not claims.take(case.case_id):
+            return Row(case_id=case.case_id, status=BUSY)
+        if complete := _complete(case, work, out):
+            return complete
+        _refuse_other_result(case, work, out / case.case_id)
+        return _Taken.by(work.read, case)
+
+    def answer(case: Input, taken: "Row[Record] | _Taken") -> "Row[Record] | _Taken":
+        if isinstance(taken, Row):
+            return taken
+        return taken.then(work.answer, case, taken.value, _building(case, out))
+
+    def write(case: Input, taken: "Row[Record] | _Taken") -> Row[Record]:
+        if isinstance(taken, Row):
+            return taken
+        building = out / f".{case.case_id}.partial"
+        row = taken.then(work.write, case, taken.value, building)
+        swap(building, out / case.case_id)
+        return replace(row.value, seconds=row.seconds)
+
+    def failed(case: Input, error: Exception) -> Row[Record]:
+        shutil.rmtree(out / f".{case.case_id}.partial", ignore_errors=True)
+        return work.explain(case, error, out / case.case_id)
+
+    return Hands(
+        read=read,
+        answer=answer,
+        write=write,
+        failed=failed,
+        roomy=lambda taken: isinstance(taken, Row) or work.roomy(taken.value),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Taken:
+    """A case on its way, and the seconds that were spent on it so far."""
+
+    value: Any
+    seconds: float
+
+    @staticmethod
+    def by(hop: Callable[..., Any], *given: Any, spent: float = 0.0) -> "_Taken":
+        started = time.monotonic()
+        value = hop(*given)
+        return _Taken(value=value, seconds=round(spent + time.monotonic() - started, 3))
+
+    def then(self, hop: Callable[..., Any], *given: Any) -> "_Taken":
+        return _Taken.by(hop, *given, spent=self.seconds)
+
+
+def _building(case: Case, out: Path) -> Path:
+    building = out / f".{case.case_id}.partial"
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    return building
+
+
+def _lying(work: Work[Input, Record], folder: Path) -> Row[Record] | None:
+    """What was said there of a case, by whichever process: whether it is of this very scan only reading that would tell."""
+    with suppress(UnreadableReport, OSError):
+        row = work.found(folder)
+        if row and (row.status == FAILED or (row.report is not None and work.is_enough(row.report, folder))):
+            return row
+    with suppress(ValueError, OSError):
+        said = json.loads((folder / ERROR).read_text(encoding="utf-8"))
+        known = {name: str(said[name]) for name in ("message", "verdict", "reason") if name in said}
+        return Row(case_id=folder.name, status=FAILED, error=known)
+    return None
 
 
 def _earlier(out: Path, work: Work[Input, Record], current: set[str]) -> Iterator[Row[Record]]:
@@ -191,9 +388,7 @@ def _isolated(scan: Input, work: Work[Input, Record], out: Path) -> Row[Record]:
     building, folder = out / f".{scan.case_id}.partial", out / scan.case_id
     try:
         _refuse_other_result(scan, work, folder)
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        row = work.make(scan, building)
+        row = work.make(scan, _building(scan, out))
         swap(building, folder)
     except Exception as error:
         shutil.rmtree(building, ignore_errors=True)
@@ -231,29 +426,3 @@ def _refuse_other_result(scan: Input, work: Work[Input, Record], folder: Path) -
             f"{folder} already holds a result {other}; results are never written over. Remove that folder, or give "
             "another --out."
         )
-
-
-@contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """One process writes into a folder at a time; a killed one holds nothing, the system lets go of its lock."""
-    with (out / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(
-                f"another hilum writes into {out} now; one at a time can. Wait for it, or give another --out."
-            ) from None
-        _clear_up(out)
-        yield
-
-
-def _clear_up(out: Path) -> None:
-    """What a killed run left half-written or stepped aside."""
-    for retired in out.glob(".*.retired"):
-        folder = out / retired.name.removeprefix(".").removesuffix(".retired")
-        recover(folder)
-        shutil.rmtree(retired, ignore_errors=True)  # still there: the new one had stepped in
-    for partial in out.glob(".*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
-    for part in out.glob(".*.part"):
-        part.unlink(missing_ok=True)

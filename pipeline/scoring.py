@@ -1,10 +1,12 @@
 """What the cases that were held out say of a trained network: how well it does, how sure it may be, what would help it."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
+from jaxtyping import Integer
 from torch import nn
 
 from preprocessing.datasets import CaseFiles, Dataset
@@ -14,9 +16,11 @@ from preprocessing.volume import Case
 
 from .cache import truth
 from .calibration import Calibration, Sample, calibrate, draw, reliability, sample_size
+from .decision import Ground, Judge, decide
 from .postprocessing import HeldOut, Rule, tried
-from .prediction import Inference, Prediction, blended_logits, choose_device, class_names, decide, probabilities
+from .prediction import Inference, choose_device, open_stream, ready
 from .progress import Progress, silent
+from .stream import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +83,36 @@ def _scored(
 ) -> tuple[dict[str, float], dict[Rule, dict[str, float]], Sample | None]:
     assert case.labels is not None
     image, trail = prepare(case.image, plan.steps)
-    logits = blended_logits(
-        image.to_tensor(), network, plan.patch, plan.classes, Inference(device=device), choose_device(device)
-    )
     rng = np.random.default_rng(int(case_key(case), 16))  # the same voxels whatever the order of the cases
-    sample = draw(logits.numpy(), truth(case, trail, plan)[0], plan, rng, size, annotated)
-    likely = image.with_voxels(probabilities(logits, plan).numpy(), channels=class_names(plan))
-    labels, _ = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
-    dice, changes = tried(labels, case.labels, plan, annotated)
-    return dice, changes, sample
+    drawn = draw(truth(case, trail, plan)[0], rng, size)
+    how = Inference(device=device)
+    stream = open_stream(image, ready([network], how), plan, how)
+    overheard = Overheard(places=drawn.places, shape=image.geometry.shape, axis=stream.axis, classes=plan.classes)
+    ground = Ground.under(image.geometry, trail, stream.axis, stream.origin, stream.windows.shape)
+    judge = Judge(plan=plan, temperatures=(1.0,))
+    decided = decide(map(judge.weigh, overheard.passing(stream.rows())), ground, judge)
+    dice, changes = tried(decided.labels(case.image), case.labels, plan, annotated)
+    return dice, changes, drawn.with_logits(overheard.said, plan, annotated)
+
+
+class Overheard:
+    """The logits of some voxels, noted as their rows pass by."""
+
+    def __init__(
+        self, *, places: Integer[np.ndarray, " voxel"], shape: tuple[int, int, int], axis: int, classes: int
+    ) -> None:
+        at = list(np.unravel_index(places, shape))
+        self.row, self.one, self.other = at.pop(axis), *at
+        self.said = np.empty((len(places), classes), np.float32)
+
+    def passing(self, stream: Iterable[Rows]) -> Iterator[Rows]:
+        for rows in stream:
+            (logits,) = rows.logits
+            here = np.flatnonzero((self.row >= rows.first) & (self.row < rows.first + logits.shape[1]))
+            at = (self.row[here] - rows.first, self.one[here], self.other[here])
+            row, one, other = (torch.from_numpy(each) for each in at)
+            self.said[here] = logits[:, row, one, other].T.cpu().numpy()
+            yield rows
 
 
 def _means(cases: dict[str, dict[str, float]], plan: Plan) -> dict[str, float]:

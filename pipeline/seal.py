@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from preprocessing.records import BadRecord, decode, encode
 
 from .errors import DamagedPackage, PackageError
+from .names import PACKAGE
 from .report import hilum_version, recover, swap
 
 if TYPE_CHECKING:
     from torch import nn
 
-FILE_NAME = "package.json"
+FILE_NAME = PACKAGE
 
 FETCH_AGAIN = "A package must be byte for byte what was written: fetch it again from where it came."
 

@@ -1,11 +1,13 @@
 """READ ME FIRST: one scan, from file to report.
 
-Each line of `segment_case` is one hop; nothing here knows how a hop is done. Many scans are `batch.segment`.
+Each line of `segment_case` is one hop; nothing here knows how a hop is done. Many scans are `batch.segment`, where one is
+read and another written while a third is being looked at.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,55 +15,127 @@ import numpy as np
 
 from preprocessing.records import decode
 from preprocessing.regions import carrying, values_of
+from preprocessing.steps import Orient
 from preprocessing.volume import Volume
 
 from . import outputs
 from .config import Segment
+from .engines import open_engines
 from .package import ModelPackage
-from .prediction import Found, Inference, segment_volume
+from .prediction import Asked, Found, Inference, segment_volume
 from .report import Report, Result, millilitres
 from .scan import Scan, read_scan
 
 if TYPE_CHECKING:
     from torch import nn
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Model:
-    """A package with its networks in memory: loaded once, used for every case."""
-
-    package: ModelPackage
-    networks: Sequence["nn.Module"]
-
-    @staticmethod
-    def load(package: ModelPackage) -> "Model":
-        return Model(package=package, networks=package.networks())
+    from .coarse import Look
+    from .engines import Engine
 
 
-def segment_case(scan: Scan, model: Model, folder: Path, settings: Segment, how: Inference) -> Report:
+def segment_case(scan: Scan, model: "Model", folder: Path, settings: Segment, how: Inference) -> Report:
     """One scan, from file to report; its files appear in the folder."""
     started = time.perf_counter()
-    volume = read_scan(scan, model.package.plan.channels, settings.reading)
+    volume = read_case(scan, model.package, settings)
+    seconds = round(time.perf_counter() - started, 3)
+    result = find(scan.case_id, volume, model, settings, how, seconds={"read": seconds})
+    return write_case(result, folder, settings)
+
+
+def read_case(scan: Scan, package: ModelPackage, settings: Segment) -> Volume:
+    """The scan, with the channels of the package and the hash of its files; refused where an output does not suit it."""
+    volume = read_scan(scan, package.plan.channels, settings.reading)
     outputs.refuse_unsuited(settings.outputs, volume)
     # the hash of its files, by which a second run knows it again
-    volume = replace(volume, provenance=replace(volume.provenance, sha256=scan.identity))
-    read_seconds = round(time.perf_counter() - started, 3)
+    return replace(volume, provenance=replace(volume.provenance, sha256=scan.identity))
+
+
+def find(
+    case_id: str, volume: Volume, model: "Model", settings: Segment, how: Inference, *, seconds: dict[str, float],
+    scratch: Path | None = None,
+) -> Result:  # fmt: skip
+    """What the networks find in it, and where they looked when an output shows that; `seconds` of what came before.
+
+    `scratch`: a folder with room for what is too large for memory; nothing of it is left.
+    """
     package = model.package
+    place, seconds = _looked(volume, model, settings, seconds)
     found = segment_volume(
-        volume, model.networks, package.plan, how, package.id,
-        temperatures=tuple(package.temperatures.values()), rules=package.rules,
+        volume, model.engines, package.plan, how, package.id,
+        temperatures=tuple(package.temperatures.values()), rules=package.rules, asked=asked_by(settings), scratch=scratch,
+        region=place.on if place else None,
     )  # fmt: skip
-    result = _result(scan, volume, found, package, how, read_seconds)
-    if EXPLAINED & set(settings.outputs):
-        result = _with_explanations(result, model, settings, how)
+    result = _result(case_id, volume, found, package, how, seconds)
+    result = replace(result, engine=_engine_words(model, how), region=place.words if place else "")
+    return _with_explanations(result, model, settings, how) if EXPLAINED & set(settings.outputs) else result
+
+
+def _looked(
+    volume: Volume, model: "Model", settings: Segment, seconds: dict[str, float]
+) -> "tuple[Look | None, dict[str, float]]":
+    """Where the package's coarse model finds something, unless all is to be looked at; and the seconds with its own."""
+    if settings.whole or model.coarse is None or model.package.record.coarse is None:
+        return None, seconds
+    from .coarse import look
+
+    started = time.perf_counter()
+    place = look(volume, model.package.record.coarse, model.coarse)
+    return place, seconds | {"coarse": round(time.perf_counter() - started, 3)}
+
+
+def _engine_words(model: "Model", how: Inference) -> str:
+    """What ran the networks, and how windows lay."""
+    words = [
+        model.engines[0].words,
+        f"overlap {how.overlap:g}{', mirrored and averaged' if how.flips else ''}",
+        how.why,
+    ]
+    return "; ".join(word for word in words if word)
+
+
+def asked_by(settings: Segment) -> Asked:
+    """What the outputs need to know of every voxel beside its label."""
+    wanted = set(settings.outputs)
+    exact = settings.output_options.get("probabilities", {}).get("exact")
+    return Asked(probabilities="probabilities" in wanted, uncertainty="uncertainty" in wanted, exact=bool(exact))
+
+
+def write_case(result: Result, folder: Path, settings: Segment) -> Report:
+    """Every output that was asked for, and the report over them."""
     written = [
         path
-        for name in settings.outputs
+        for name in outputs.in_order(settings.outputs)
         for path in write_output(name, result, folder, settings.output_options.get(name, {}))
     ]
     report = Report.of(result, [path.name for path in written], settings.outputs, settings.reading)
     report.write(folder)  # last: a case is complete when its report exists
     return report
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A package with what runs it in memory: loaded once, used for every case."""
+
+    package: ModelPackage
+    engines: "Sequence[Engine]"
+    """One per fold."""
+    device: str = "auto"
+
+    @staticmethod
+    def load(package: ModelPackage, how: Inference = Inference()) -> "Model":  # noqa: B008
+        return Model(package=package, engines=open_engines(package, how), device=how.device)
+
+    @cached_property
+    def coarse(self) -> "Engine | None":
+        """What says where to look, of a package that has such."""
+        from .coarse import coarse_engine  # not at the top: few packages have one
+
+        return coarse_engine(self.package, self.device) if self.package.record.coarse else None
+
+    @cached_property
+    def networks(self) -> Sequence["nn.Module"]:
+        """With their layers and gradients, as explanations need them; an engine has none to show."""
+        return self.package.networks()
 
 
 EXPLAINED = {"saliency", "parametric_map"}
@@ -90,10 +164,10 @@ def write_output(name: str, result: Result, folder: Path, options: dict[str, Any
 
 
 def _result(
-    scan: Scan, volume: Volume, found: Found, package: ModelPackage, how: Inference, read_seconds: float
+    case_id: str, volume: Volume, found: Found, package: ModelPackage, how: Inference, seconds: dict[str, float]
 ) -> Result:
     return Result(
-        case_id=scan.case_id,
+        case_id=case_id,
         scan=volume,
         labels=found.labels,
         label_table=package.plan.labels,
@@ -104,7 +178,10 @@ def _result(
         postprocessing=found.changes,
         precision=how.precision,
         warnings=_warnings(volume, found, package),
-        seconds={"read": read_seconds, **found.seconds},
+        maps=found.maps,
+        memory=found.memory,
+        windows=found.windows,
+        seconds={**seconds, **found.seconds},
     )
 
 
@@ -121,6 +198,13 @@ def _warnings(volume: Volume, found: Found, package: ModelPackage) -> tuple[str,
     for name, confidence in found.confidence.items():
         if confidence < UNSURE:
             said.append(f"{name} is uncertain: its mean probability is {confidence:.2f}")
+    # of what was given up for want of memory, what may change the answer
+    said += [words for words in (found.memory.words if found.memory else ()) if "may change labels" in words]
+    if not any(isinstance(step, Orient) for step in package.plan.steps):
+        said.append(
+            f"its axes were taken as they are stored ({volume.geometry.orientation}), as nnU-Net does; if scans of the training "
+            "were stored another way, the network saw a turned body"
+        )
     said += _removals(found, package)
     ratio = np.array(sorted(volume.geometry.spacing)) / np.array(sorted(package.plan.spacing_mm))
     if ratio.max() > 2 or ratio.min() < 0.5:

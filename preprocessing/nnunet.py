@@ -386,10 +386,8 @@ def normalise_rule(fingerprint: Fingerprint) -> tuple[Normalise, str]:
                 scales.append(BYTES)
                 why.append(f"{channel}: over 255")
             case "rescale_to_0_1":
-                raise BadRecord(
-                    f"channel {channel} asks to be stretched from 0 to 1 scan by scan, which no step here does; a name such as "
-                    "MR, which is measured scan by scan, or noNorm is needed. Rename the channel, or plan without --mode nnunet."
-                )
+                scales.append(Scale(by="range"))
+                why.append(f"{channel}: stretched from its lowest to its highest, 0 to 1")
             case _:
                 scales.append(Scale(by="scan", nonzero=stripped))
                 where = "where it is not zero" if stripped else "over the whole scan"

@@ -1,8 +1,10 @@
 """Where windows lie: a grid for inference, a draw for training."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Integer, Shaped
@@ -14,24 +16,32 @@ from .components import TOUCHING
 Triple = tuple[int, int, int]
 
 
-def grid(shape: Triple, patch: Triple, overlap: float) -> list[Triple]:
+Rule = Literal["hilum", "nnunet"]
+
+
+def grid(shape: Triple, patch: Triple, overlap: float, rule: Rule = "hilum") -> list[Triple]:
     """Where windows start so that they cover the shape, neighbours sharing at least that much of a side."""
-    along = [_starts(size, side, overlap) for size, side in zip(shape, patch, strict=True)]
+    along = [_starts(size, side, overlap, rule) for size, side in zip(shape, patch, strict=True)]
     return [(i, j, k) for i, j, k in product(*along)]
 
 
-def _starts(size: int, side: int, overlap: float) -> list[int]:
+def _starts(size: int, side: int, overlap: float, rule: Rule) -> list[int]:
     assert size >= side, "a scan is padded to the window before it is cut into windows"
-    stride = max(1, int(side * (1 - overlap) + 1e-9))  # whole voxels: rounded starts never lie further apart than this
-    steps = -(-(size - side) // stride) + 1
+    stride: float = max(1, int(side * (1 - overlap) + 1e-9))  # whole voxels: rounded starts never lie further apart
+    if rule == "nnunet":
+        stride = 1 if side == 1 else side * (1 - overlap)  # of an odd side half a voxel more; slices have no overlap
+    steps = math.ceil((size - side) / stride) + 1
     return [int(start) for start in np.round(np.linspace(0, size - side, steps))]
 
 
-def bell(side: int) -> Float[np.ndarray, " side"]:
+def bell(side: int, rule: Rule = "hilum") -> Float[np.ndarray, " side"]:
     """How much a window is trusted along one axis: least at its ends, where it has seen only half of the surroundings.
 
-    nnU-Net v2: sigma is an eighth of the side. The floor keeps every voxel's sum of weights well above zero.
+    nnU-Net v2: sigma is an eighth of the side, the middle of an even side is its later voxel, and nothing is cut off
+    below. Our floor keeps every voxel's sum of weights well above zero.
     """
+    if rule == "nnunet":
+        return np.exp(-0.5 * ((np.arange(side) - side // 2) / (side / 8)) ** 2).astype(np.float32)
     place = np.arange(side) - (side - 1) / 2
     return np.clip(np.exp(-0.5 * (place / (side / 8)) ** 2), 1e-3, None).astype(np.float32)
 

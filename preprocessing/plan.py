@@ -19,6 +19,10 @@ from .steps import Pad, Step
 Triple = tuple[int, int, int]
 
 
+LATE = {"orient", "resample"}
+"""Steps that may not come after the first resampling."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Label:
     """One thing to find: the number it has in a label map, its name, and its colour in every picture."""
@@ -107,6 +111,10 @@ class Plan:
     """Settings of the network that the rules ask for; `train --network_options` wins."""
     recipe: Recipe = field(default_factory=Recipe)
     """How a network is trained on it."""
+    bell: Literal["hilum", "nnunet"] = "hilum"
+    """Whose rule says where windows lie and how much each is trusted where they overlap."""
+    averages: Literal["probabilities", "logits"] = "probabilities"
+    """What is averaged over folds and brought back to the scan's grid; nnU-Net v2 has logits, and so do its packages."""
 
     def __post_init__(self) -> None:
         values = [label.value for label in self.labels]
@@ -117,6 +125,13 @@ class Plan:
             raise BadRecord(
                 f"plan {self.name}: labels {dict(zip(names, values, strict=True))} were met; each needs a name and a "
                 "value of its own, from 1 up. Correct the dataset's description."
+            )
+        kinds = [step.kind for step in self.steps]
+        late = [kind for kind in kinds[kinds.index("resample") + 1 :] if kind in LATE] if "resample" in kinds else []
+        if late:
+            raise BadRecord(
+                f"plan {self.name}: {' and '.join(late)} were met after resample; only steps that grow, cut or scale the grid "
+                "may follow it, for labels leave it row by row. Put them first, and resample once."
             )
         if min(self.patch) < 1 or self.batch < 1 or min(self.spacing_mm) <= 0:
             raise BadRecord(

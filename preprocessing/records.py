@@ -5,6 +5,7 @@ import difflib
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -52,6 +53,8 @@ def _decode(kind: Any, record: Any, where: str) -> Any:
         return _decode_dataclass(kind, record, where)
     if kind is Any:
         return record
+    if kind is Path and isinstance(record, str):
+        return Path(record)
     if kind is float and isinstance(record, int) and not isinstance(record, bool):
         return float(record)
     if isinstance(record, kind) and (kind is bool or not isinstance(record, bool)):

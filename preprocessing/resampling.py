@@ -48,6 +48,39 @@ def resample(
     Along the axis `separate` each new voxel takes the nearest old one. Beside the result only slabs are held, and no
     number depends on how many threads share the work.
     """
+    return _filled(voxels, shape, order, separate, repeats=False)
+
+
+def resample_within(
+    voxels: Shaped[np.ndarray, "channel i j k"],
+    shape: tuple[int, int, int],
+    *,
+    order: int,
+    separate: int | None = None,
+) -> Float32[np.ndarray, "channel a b c"]:
+    """`resample` as nnU-Net v2 has it from scikit-image: beyond its ends the scan goes on with its last voxel, instead of
+    being mirrored there, and nothing leaves the range of the old voxels: of its slice where an axis is separate, else of
+    the channel."""
+    out = _filled(voxels, shape, order, separate, repeats=True)
+    if voxels.shape[1:] == shape:
+        return out
+    across = tuple(axis for axis in range(4) if axis not in (0, None if separate is None else separate + 1))
+    low, high = (
+        bound.astype(np.float32) for bound in (voxels.min(across, keepdims=True), voxels.max(across, keepdims=True))
+    )
+    if separate is not None:
+        taken = _nearest(_places(voxels.shape[separate + 1], shape[separate]))
+        low, high = (np.take(bound, taken, axis=separate + 1) for bound in (low, high))
+    return np.clip(out, low, high, out=out)
+
+
+def _filled(
+    voxels: Shaped[np.ndarray, "channel i j k"],
+    shape: tuple[int, int, int],
+    order: int,
+    separate: int | None,
+    repeats: bool,
+) -> Float32[np.ndarray, "channel a b c"]:
     if voxels.shape[1:] == shape:
         return np.ascontiguousarray(voxels, np.float32)
     from torch import from_numpy  # not at the top: reading a scan needs no torch
@@ -57,7 +90,7 @@ def resample(
     out = np.empty((len(voxels), *shape), np.float32)
     flipped = tuple(axis for axis in range(3) if voxels.strides[axis + 1] < 0)
     there = np.flip(voxels, tuple(axis + 1 for axis in flipped))
-    fill(from_numpy(out), _lent(there), order, separate, flipped, _product)
+    fill(from_numpy(out), _lent(there), order, separate, flipped, _product, repeats=repeats)
     return out
 
 

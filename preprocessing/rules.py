@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .plan import Fingerprint, Label, Plan, Recipe, Triple
-from .steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step
+from .steps import ANISOTROPIC, Crop, Normalise, Orient, Pad, Resample, Scale, Step
 
 Spacing = tuple[float, float, float]
 
@@ -73,10 +73,6 @@ def make_plan(fingerprint: Fingerprint, machine: Machine, demand: Demand = Deman
         dataset=fingerprint.dataset,
         ignored=fingerprint.ignored,
     )
-
-
-ANISOTROPIC = 3.0
-"""nnU-Net v2 (ANISO_THRESHOLD): an axis this much coarser than the next is treated by its own rule."""
 
 
 def spacing_rule(fingerprint: Fingerprint) -> tuple[tuple[float, float, float], str]:

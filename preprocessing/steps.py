@@ -1,5 +1,6 @@
 """What is done to a scan before a network sees it; each step can be undone, and the Trail remembers how."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -10,7 +11,7 @@ from scipy import ndimage
 
 from .patches import cut
 from .records import BadRecord
-from .resampling import resample, resample_labels, resized
+from .resampling import resample, resample_labels, resample_within, resized
 from .volume import Geometry, ScanError, Volume
 
 
@@ -66,20 +67,39 @@ class Orient:
 
     kind: ClassVar[str] = "orient"
 
+    to: str = "RAS"
+    """Where they run to instead: three letters, one each of R or L, A or P, S or I."""
+
+    def __post_init__(self) -> None:
+        if sorted(PAIRS.get(letter, letter) for letter in self.to) != ["A", "R", "S"]:
+            raise BadRecord(
+                f"orientation {self.to!r} was met; three letters are needed, one each of R or L, A or P, S or I, as RAS or "
+                "LPS. Correct the plan."
+            )
+
     def apply(self, volume: Volume) -> Volume:
-        order = volume.geometry.axis_order()
-        return _turned(volume, [axis for _, axis, _ in order], [sign for _, _, sign in order])
+        turns = self._turns(volume.geometry)
+        return _turned(volume, [axis for axis, _ in turns], [sign for _, sign in turns])
+
+    def _turns(self, geometry: Geometry) -> list[tuple[int, int]]:
+        """Of each new axis the old one, and -1 where it runs the other way."""
+        there = {world: (axis, sign) for world, axis, sign in geometry.axis_order()}
+        new = [("RAS".index(PAIRS.get(letter, letter)), -1 if letter in PAIRS else 1) for letter in self.to]
+        return [(there[world][0], there[world][1] * sign) for world, sign in new]
 
     def follow(self, labels: Volume, after: Geometry) -> Volume:
         return self.apply(labels)
 
     def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
-        order = before.axis_order()
         axes, signs = [0] * 3, [1] * 3
-        for world, axis, sign in order:
-            axes[axis], signs[axis] = world, sign
+        for new, (axis, sign) in enumerate(self._turns(before)):
+            axes[axis], signs[axis] = new, sign
         turned = _turned(volume, axes, signs)
         return turned.with_voxels(turned.voxels, geometry=before)
+
+
+PAIRS = {"L": "R", "P": "A", "I": "S"}
+"""Each direction that is the other way of one of R, A, S."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +121,10 @@ class Crop:
         return _placed(volume, before, outside)
 
 
+ANISOTROPIC = 3.0
+"""nnU-Net v2 (ANISO_THRESHOLD): an axis this much coarser than the next is treated by its own rule."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resample:
     """Bring every scan to voxels of one size, so that the network learns sizes in millimetres."""
@@ -111,31 +135,69 @@ class Resample:
     """The size of a voxel along the scan's axes in the order the step meets them."""
     separate: int | None = None
     """An axis, in that order, along which a new voxel takes the nearest slice and nothing is interpolated: thick slices."""
+    rule: Literal["hilum", "nnunet", "nnunet_together"] = "hilum"
+    """`nnunet`: as nnU-Net v2 does it. Each scan's own voxels say which axis is separate, the target's where they do not,
+    and on the way back the other way round; what the spline overshoots is cut. `nnunet_together`: no axis ever is."""
+    kept: tuple[int, ...] = ()
+    """Axes, in that order, along which every scan keeps its own voxels: the slices of a 2-D network."""
 
     def __post_init__(self) -> None:
-        if self.separate not in (None, 0, 1, 2):
+        if self.separate not in (None, 0, 1, 2) or not set(self.kept) <= {0, 1, 2}:
             raise BadRecord(
-                f"separate {self.separate} was met; an axis, 0, 1 or 2, or null is needed. Correct the plan."
+                f"separate {self.separate} and kept {self.kept} were met; an axis, 0, 1 or 2, or null is needed. Correct the plan."
+            )
+        if self.separate is not None and self.rule != "hilum":
+            raise BadRecord(
+                f"separate {self.separate} was met beside the rule {self.rule}, by which each scan decides; null is needed. "
+                "Correct the plan."
             )
 
     def apply(self, volume: Volume) -> Volume:
         after = resized(volume.geometry, self.shape_of(volume.geometry))
-        voxels = resample(volume.voxels, after.shape, order=3, separate=self.separate)
-        return volume.with_voxels(voxels, geometry=after)
+        separate = self.separate_there(volume.geometry)
+        how = resample if self.rule == "hilum" else resample_within
+        return volume.with_voxels(how(volume.voxels, after.shape, order=3, separate=separate), geometry=after)
 
     def shape_of(self, geometry: Geometry) -> tuple[int, int, int]:
         """How many voxels of this size the grid's extent holds, rounded, never none."""
-        extent = np.array(geometry.shape) * np.array(geometry.spacing)
-        i, j, k = np.maximum(1, np.round(extent / np.array(self.spacing_mm))).astype(int)
+        sides, spacing = np.array(geometry.shape), np.array(geometry.spacing)
+        target = np.array(self.target(geometry))
+        # nnU-Net's order of operations is another: where a half is rounded, the last digit decides
+        exactly = sides * spacing / target if self.rule == "hilum" else spacing / target * sides
+        i, j, k = np.where([n in self.kept for n in range(3)], sides, np.maximum(1, np.round(exactly))).astype(int)
         return int(i), int(j), int(k)
 
+    def target(self, before: Geometry) -> tuple[float, float, float]:
+        """The size of a new voxel, of a scan on that grid."""
+        pairs = zip(before.spacing, self.spacing_mm, strict=True)
+        i, j, k = (own if axis in self.kept else asked for axis, (own, asked) in enumerate(pairs))
+        return i, j, k
+
+    def separate_there(self, before: Geometry) -> int | None:
+        """The axis along which nothing is interpolated on the way to the new grid."""
+        return self._separate(before.spacing, self.target(before))
+
+    def separate_back(self, before: Geometry) -> int | None:
+        """The axis along which nothing is interpolated on the way back from it."""
+        return self._separate(self.target(before), before.spacing)
+
+    def _separate(self, current: Sequence[float], new: Sequence[float]) -> int | None:
+        if self.rule != "nnunet":
+            return self.separate
+        thick = next((grid for grid in (current, new) if max(grid) / min(grid) > ANISOTROPIC), None)
+        # to float32's precision: where a header's axes are oblique, a length is known no better
+        coarsest = [
+            axis for axis in range(3) if thick is not None and math.isclose(thick[axis], max(thick), rel_tol=1e-6)
+        ]
+        return coarsest[0] if len(coarsest) == 1 else None
+
     def follow(self, labels: Volume, after: Geometry) -> Volume:
-        voxels = resample_labels(labels.voxels, after.shape, separate=self.separate)
+        voxels = resample_labels(labels.voxels, after.shape, separate=self.separate_there(labels.geometry))
         return labels.with_voxels(voxels, geometry=after)
 
     def undo(self, volume: Volume, before: Geometry, outside: float) -> Volume:
         # linear: probabilities stay between 0 and 1 and still sum to 1
-        voxels = resample(volume.voxels, before.shape, order=1, separate=self.separate)
+        voxels = resample(volume.voxels, before.shape, order=1, separate=self.separate_back(before))
         return volume.with_voxels(voxels, geometry=before)
 
 
@@ -143,8 +205,9 @@ class Resample:
 class Scale:
     """How one channel's intensities are brought to about mean 0 and deviation 1."""
 
-    by: Literal["scan", "dataset"]
-    """`scan`: its own mean and deviation (MR has no unit). `dataset`: fixed numbers (CT means the same everywhere)."""
+    by: Literal["scan", "dataset", "range"]
+    """`scan`: its own mean and deviation (MR has no unit). `dataset`: fixed numbers (CT means the same everywhere).
+    `range`: from 0 to 1 between its own lowest and highest (nnU-Net v2, rescale_to_0_1)."""
     nonzero: bool = False
     """Used by `scan` alone: measure where some channel is not zero, and leave 0 elsewhere: for scans whose background was
     stripped."""
@@ -259,6 +322,9 @@ def _scaled(
     values = voxels.astype(np.float32)
     if scale.by == "dataset":
         return (np.clip(values, scale.low, scale.high) - scale.mean) / scale.deviation
+    if scale.by == "range":
+        values -= values.min()
+        return values / np.float32(max(float(values.max()), 1e-8))  # 1e-8: nnU-Net's, for a scan of one value
     inside = values[seen] if scale.nonzero and seen is not None else values
     deviation = float(inside.std(dtype=np.float64)) if inside.size else 0.0
     if deviation <= 1e-8 * max(1.0, float(np.abs(values).max())):

@@ -11,8 +11,11 @@ from types import ModuleType
 from preprocessing.records import nearest
 from preprocessing.volume import Volume
 
-DICOM_RESULTS = {"dicom_seg", "parametric_map", "rtstruct", "secondary_capture"}
+DICOM_RESULTS = {"dicom_seg", "parametric_map", "pdf", "rtstruct", "secondary_capture", "structured_report"}
 """Outputs that belong to a patient and a study, which only a DICOM scan has."""
+
+LAST = ("structured_report",)
+"""Outputs that point at what others wrote."""
 
 
 class UnknownOutput(LookupError):
@@ -32,6 +35,11 @@ def load(name: str) -> ModuleType:
             f"There is no output {name!r}{nearest(name, names)}. Outputs are {', '.join(names)}: choose among these."
         )
     return import_module(f".{name}", __name__)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """As they were asked for, but what points at others after those."""
+    return sorted(names, key=lambda name: name in LAST)
 
 
 def refuse_unsuited(names: Iterable[str], scan: Volume) -> None:

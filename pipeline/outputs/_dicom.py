@@ -5,7 +5,6 @@ import hashlib
 import io
 import logging
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,10 +19,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import UID, ExplicitVRLittleEndian
 
 from preprocessing.codes import Code
+from preprocessing.dicom.headers import quiet as unwarned
 from preprocessing.dicom.headers import read_header
 from preprocessing.volume import LPS_TO_RAS, Geometry, ScanError, Volume
 
+from ..errors import UsageError
 from ..report import Result, hilum_version, write_whole
+
+logger = logging.getLogger(__name__)
 
 MANUFACTURER = "hilum"
 
@@ -51,6 +54,12 @@ NEEDED = (
 
 SEGMENTATION = Code(value="113076", scheme="DCM", meaning="Segmentation")
 SOURCE_IMAGE = Code(value="121322", scheme="DCM", meaning="Source image for image processing operation")
+
+ALGORITHM = Code(value="Newcode1", scheme="99IHE", meaning="Processing Algorithm")
+"""What IHE's AI Results (trial implementation, 6.5.3.1) wants written; DICOM itself has given it no number yet."""
+
+REPLACED = Code(value="REPLACED", scheme="99HILUM", meaning="Result that this one replaces")
+"""Ours: of objects that are no documents, the standard has no word for their predecessor."""
 
 LOSS = ("LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod")
 
@@ -95,6 +104,23 @@ class Origin:
     """Of the series, each once, in the order of the slices where it is known."""
     frames: tuple[Frame, ...]
     """Per slice of the grid; empty where the grid is none of the series' own (resampled)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """Which of several answers for one scan this is: slices came late, or somebody asked once more."""
+
+    number: int = 0
+    """0: the first. Each number has UIDs of its own."""
+    replaces: str = ""
+    """Folder of the case that this one replaces; the object of the same file name there is named as predecessor. Empty:
+    nothing is replaced."""
+
+    def __post_init__(self) -> None:
+        if self.number < 0:
+            raise UsageError(
+                f"A revision has the number {self.number}; 0 or more is needed. Count from 0, the first answer."
+            )
 
 
 def refuse_unsuited(scan: Volume) -> None:
@@ -210,8 +236,7 @@ def quiet() -> Iterator[None]:
     """pydicom and highdicom speak of every odd value as it is: names of patients too."""
     for name in ("pydicom", "highdicom"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with unwarned():
         yield
 
 
@@ -221,14 +246,27 @@ def uid(kind: str, *parts: str) -> str:
     return f"2.25.{uuid.UUID(bytes=digest[:16], version=5).int}"
 
 
-def fingerprint(result: Result, origin: Origin) -> str:
-    """What makes a result this result and no other: package, source images, grid, voxels, and the words of its labels."""
+def fingerprint(result: Result, origin: Origin, revision: int = 0) -> str:
+    """What makes a result this result and no other: package, source images, grid, voxels, and the words of its labels.
+    A revision is another result, whatever was found."""
     digest = hashlib.sha256()
     digest.update(repr((result.package_id, result.package_name, origin.study, origin.series)).encode())
     digest.update(repr((origin.instances, origin.frames, result.label_table)).encode())
     digest.update(result.scan.geometry.affine.tobytes() + repr(result.labels.voxels.shape).encode())
     digest.update(np.ascontiguousarray(result.labels.voxels, dtype="<u2").tobytes())
+    if revision:  # the first has the UIDs it always had
+        digest.update(repr(("revision", revision)).encode())
     return digest.hexdigest()
+
+
+def tracking_uid(result: Result, origin: Origin, name: str) -> str:
+    """Of what one label stands for in this series to this package: the same in all objects and all revisions."""
+    return uid("tracked", origin.study, origin.series, result.package_id, name)
+
+
+def package_uid(result: Result) -> str:
+    """Of the package as a device that observes: other weights are another device."""
+    return uid("package", result.package_id)
 
 
 def one_line(text: str, most: int = 64) -> str:
@@ -249,9 +287,11 @@ def write_object(
     path: Path,
     now: datetime.datetime,
     origin: Origin,
+    result: Result,
     syntax: UID = ExplicitVRLittleEndian,
     *,
     lies_in_patient: bool = True,
+    revision: Revision = Revision(),
 ) -> None:
     """Written in one piece, in UTF-8 where ASCII is not enough. What has a place in the patient shares the source's frame."""
     for element in origin.patient:
@@ -263,6 +303,8 @@ def write_object(
     data.SoftwareVersions = one_line(hilum_version())
     data.InstanceCreationDate, data.InstanceCreationTime = date_and_time(now)
     data.SeriesDate, data.SeriesTime = date_and_time(now)
+    data.ContributingEquipmentSequence = [*data.get("ContributingEquipmentSequence", ()), _algorithm(result)]
+    _name_predecessor(data, revision, path.name)
     # what the source was written in is no matter: every text was decoded when it was read
     data.SpecificCharacterSet = "ISO_IR 192" if _needs_more_than_ascii(data) else None
     if data.SpecificCharacterSet is None:
@@ -273,6 +315,70 @@ def write_object(
     with quiet():
         pydicom.dcmwrite(content, data, enforce_file_format=True)
     write_whole(path, content.getvalue())
+
+
+def _algorithm(result: Result) -> Dataset:
+    """The package, as IHE's AI Results asks every object to name what made it."""
+    item = Dataset()
+    item.Manufacturer = MANUFACTURER
+    item.ManufacturerModelName = one_line(result.package_name)
+    item.SoftwareVersions = [one_line(hilum_version()), one_line(result.package_id)]
+    item.DeviceUID = package_uid(result)
+    item.PurposeOfReferenceCodeSequence = [concept(ALGORITHM)]
+    return item
+
+
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+DOCUMENTS = ("1.2.840.10008.5.1.4.1.1.88.34", "1.2.840.10008.5.1.4.1.1.104.1")
+"""Comprehensive 3D SR and Encapsulated PDF: these know predecessors."""
+
+
+def _name_predecessor(data: Dataset, revision: Revision, name: str) -> None:
+    """Where the standard has a place for it; else among the references, with a purpose in our own words."""
+    replaced = _replaced(data, revision, name)
+    if replaced is None:
+        return
+    named = reference(replaced.instance)
+    if data.SOPClassUID in DOCUMENTS:
+        series, study = Dataset(), Dataset()
+        series.SeriesInstanceUID, series.ReferencedSOPSequence = replaced.series, [named]
+        study.StudyInstanceUID, study.ReferencedSeriesSequence = data.StudyInstanceUID, [series]
+        data.PredecessorDocumentsSequence = [study]
+    elif data.SOPClassUID == STRUCTURE_SET:
+        data.PredecessorStructureSetSequence = [named]
+    else:
+        named.PurposeOfReferenceCodeSequence = [concept(REPLACED)]
+        data.ReferencedInstanceSequence = [named]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Replaced:
+    """An object of an earlier revision."""
+
+    instance: Instance
+    series: str
+
+
+def _replaced(data: Dataset, revision: Revision, name: str) -> Replaced | None:
+    """None where there was no such object: an earlier revision may have had fewer outputs."""
+    if not revision.replaces:
+        return None
+    folder = Path(revision.replaces)
+    if not folder.is_dir():
+        raise UsageError(
+            f"A revision replaces the case in {folder}, and there is no such folder; the folder of a case is needed. "
+            "Correct it, or leave `replaces` out."
+        )
+    if not (folder / name).is_file():
+        logger.info("the revision before had no %s: the new one names no predecessor", name)
+        return None
+    header = _header(str(folder / name))
+    if header is None or header.get("StudyInstanceUID") != data.StudyInstanceUID:
+        raise UsageError(
+            f"{name} of the case that is replaced belongs to another study, or is no DICOM; a revision replaces a "
+            "result of its own study. Correct `replaces`."
+        )
+    return Replaced(instance=_instance(header), series=str(header.SeriesInstanceUID))
 
 
 def date_and_time(now: datetime.datetime) -> tuple[str, str]:

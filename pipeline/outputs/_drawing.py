@@ -100,12 +100,13 @@ def folded(words: str, size: int, width: int, most: int) -> list[str]:
 @cache
 def _font(size: int, bold: bool = False) -> Any:
     """DejaVu, which knows accents, Greek and Cyrillic and comes with matplotlib (MLflow brings it); or Pillow's own."""
-    path = _dejavu(bold)
+    path = dejavu(bold)
     return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
 
 
 @cache
-def _dejavu(bold: bool) -> str | None:
+def dejavu(bold: bool) -> str | None:
+    """Its file; None where matplotlib is not installed."""
     home = find_spec("matplotlib")  # finds, does not import: matplotlib is heavy
     if home is None or home.origin is None:
         return None
@@ -116,6 +117,6 @@ def _dejavu(bold: bool) -> str | None:
 def _writable(words: str) -> str:
     """On one line; in ASCII where Pillow's own font, which knows no more, has to do."""
     words = " ".join(words.split())
-    if _dejavu(False):
+    if dejavu(False):
         return words
     return words.replace("×", "x").replace("·", "|").replace("°", " deg").encode("ascii", "replace").decode()

@@ -17,7 +17,7 @@ from preprocessing.regions import Place, parted, places
 from preprocessing.volume import Geometry
 
 from ..errors import UsageError
-from ..report import Result
+from ..report import SIDES, Result
 from ._heat import Heat
 
 CONTOUR = 2
@@ -47,8 +47,6 @@ AXIAL = Plane(name="axial", through=2, across=0, down=1)
 CORONAL = Plane(name="coronal", through=1, across=0, down=2)
 SAGITTAL = Plane(name="sagittal", through=0, across=1, down=2)
 PLANES = (AXIAL, CORONAL, SAGITTAL)
-SIDES = (("R", "L"), ("A", "P"), ("S", "I"))
-"""Where each axis of the turned scan rises to, and where it falls to."""
 
 Extent = tuple[int, int]
 """First and last index along an axis."""

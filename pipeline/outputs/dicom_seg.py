@@ -2,17 +2,19 @@
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import pydicom
 from jaxtyping import Integer, UInt8
 from pydicom.dataset import Dataset
 
 from preprocessing.plan import Label
 from preprocessing.regions import carrying, names_in_map, values_of
 
+from ..errors import UsageError
 from ..report import Result, hilum_version
 from . import _dicom
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from highdicom.seg import Segmentation
 
 FILE_NAMES = {"BINARY": "labels.dcm", "LABELMAP": "labels-labelmap.dcm"}
+
+LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
+"""The class of label maps."""
 
 SERIES_NUMBER = 1000
 """The series follows its source's number by so much: 7 becomes 1007, far from a scanner's own numbers."""
@@ -32,6 +37,8 @@ class Config:
     kind: Literal["binary", "labelmap", "both"] = "binary"
     """binary: one bit per label and voxel, which every archive takes; labelmap: one number per voxel, smaller with
     many labels, known to new archives only, and of a region only what no other covers; both: one file of each."""
+    revision: _dicom.Revision = field(default_factory=_dicom.Revision)
+    """Where this is not the first answer for its scan."""
 
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
@@ -44,21 +51,61 @@ def write(result: Result, folder: Path, config: Config) -> list[Path]:
     for number, kind in enumerate(kinds, start=1):
         path = folder / FILE_NAMES["BINARY" if len(kinds) == 1 else kind]
         with _dicom.quiet():
-            segmentation = _segmentation(result, origin, kind, number, now)
-        _dicom.write_object(segmentation, path, now, origin)
+            segmentation = _segmentation(result, origin, kind, number, now, config.revision.number)
+        _dicom.write_object(segmentation, path, now, origin, result, revision=config.revision)
         written.append(path)
     return written
 
 
+def _in_order(result: Result) -> tuple[list[Label], list[Label]]:
+    """Labels by their values: those that were found, and all that were sought."""
+    sought = sorted(result.label_table, key=lambda label: label.value)
+    return [label for label in sought if result.volumes_ml[label.name] > 0], sought
+
+
+def _numbered(result: Result, kind: str) -> dict[int, int]:
+    """Label values and their segments."""
+    found, sought = _in_order(result)
+    return {label.value: label.value if kind == "LABELMAP" else n for n, label in enumerate(found or sought, 1)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segments:
+    """The segmentation that lies beside a report of the same result, for the report to point at."""
+
+    instance: _dicom.Instance
+    series: str
+    numbers: dict[int, int]
+    """Segment of each label value that has one."""
+
+
+def beside(result: Result, origin: _dicom.Origin, folder: Path, revision: int) -> Segments | None:
+    """The binary one, which every archive takes, before the label map; None where neither was written."""
+    for path in (folder / name for name in FILE_NAMES.values()):
+        if not path.is_file():
+            continue
+        header = pydicom.dcmread(path, specific_tags=["SOPClassUID", "SOPInstanceUID", "SegmentationType"])
+        kind = str(header.SegmentationType)  # alone, either kind has the first name
+        print_ = _dicom.fingerprint(result, origin, revision)
+        if header.SOPInstanceUID != _dicom.uid("segmentation", print_, kind):
+            raise UsageError(
+                f"{path.name} holds another result than the one that is reported; one of the same scan, package and "
+                "revision is needed. Give both outputs the same revision, and an empty folder."
+            )
+        instance = _dicom.Instance(sop_class=str(header.SOPClassUID), uid=str(header.SOPInstanceUID))
+        series = _dicom.uid("segmentation series", print_)
+        return Segments(instance=instance, series=series, numbers=_numbered(result, kind))
+    return None
+
+
 def _segmentation(
-    result: Result, origin: _dicom.Origin, kind: str, number: int, now: datetime.datetime
+    result: Result, origin: _dicom.Origin, kind: str, number: int, now: datetime.datetime, revision: int
 ) -> "Segmentation":
     import highdicom  # not at the top: it takes a second
 
-    print_ = _dicom.fingerprint(result, origin)
-    sought = sorted(result.label_table, key=lambda label: label.value)
-    found = [label for label in sought if result.volumes_ml[label.name] > 0]
-    numbers = {label.value: label.value if kind == "LABELMAP" else n for n, label in enumerate(found or sought, 1)}
+    print_ = _dicom.fingerprint(result, origin, revision)
+    found, sought = _in_order(result)
+    numbers = _numbered(result, kind)
     # an object must have a frame: where nothing was found, each label that was sought gets one, and it is empty
     shown = range(result.scan.geometry.shape[2]) if found else [result.scan.geometry.shape[2] // 2]
     planes = result.labels.voxels[0][:, :, shown].transpose(2, 1, 0)
@@ -71,7 +118,7 @@ def _segmentation(
         pixel_array=_side_by_side(planes, segments) if overlapping else _renumbered(planes, numbers),
         segmentation_type=kind,
         segment_descriptions=[
-            _described(label, numbers[label.value], names.get(label.name, label.name), result)
+            _described(label, numbers[label.value], names.get(label.name, label.name), result, origin)
             for label in found or sought
         ],
         series_instance_uid=_dicom.uid("segmentation series", print_),
@@ -110,7 +157,7 @@ def _side_by_side(
     return np.stack([carrying(planes, values) for values in segments], axis=-1).astype(np.uint8)
 
 
-def _described(label: Label, number: int, name: str, result: Result) -> Dataset:
+def _described(label: Label, number: int, name: str, result: Result, origin: _dicom.Origin) -> Dataset:
     import highdicom
     from highdicom.color import CIELabColor
     from pydicom.sr.codedict import codes
@@ -128,6 +175,8 @@ def _described(label: Label, number: int, name: str, result: Result) -> Dataset:
             version=_dicom.one_line(result.package_id[:12]),
         ),
         display_color=CIELabColor.from_rgb(*label.colour),
+        tracking_id=_dicom.one_line(label.name),
+        tracking_uid=_dicom.tracking_uid(result, origin, label.name),
     )
     if meaning.modifiers:
         described.SegmentedPropertyTypeCodeSequence[0].SegmentedPropertyTypeModifierCodeSequence = [

@@ -13,9 +13,10 @@ from preprocessing.plan import Label
 from preprocessing.regions import Place, parted, places
 from preprocessing.volume import Geometry
 
+from ..names import MEASUREMENTS
 from ..report import Result, as_json, grid, write_whole
 
-FILE_NAME = "measurements.json"
+FILE_NAME = MEASUREMENTS
 
 MOST_PARTS = 200
 """Of a label in so many pieces the largest are listed, one by one; all of them are counted."""

@@ -70,6 +70,14 @@ def picture(result: Result, config: Config | None = None, *, anonymous: bool = F
     return stacked([row for row in rows if row is not None])
 
 
+def planes(result: Result, config: Config | None = None) -> Image.Image:
+    """The first row of the sheet by itself: the finding in three planes, and the patient from the front."""
+    config = config or Config()
+    view = turn(result, config.channel, config.window)
+    finding = find(result, findings(result, 1), config.centre_on)
+    return stacked([_rows.planes(view, finding, config.fill, front=True)])
+
+
 def _untouched(result: Result, view: View, finding: Finding) -> list[Image.Image]:
     """The same three planes with nothing on them, the legend beside; or below, where it is long."""
     if finding.label is None and view.heat is None:

@@ -2,19 +2,20 @@
 
 import base64
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..faithfulness import Faithfulness
-from ..report import Explanation, Result, hilum_version, millilitres, told, write_whole
+from ..maps import KINDS
+from ..names import PAGE
+from ..report import Explanation, Result, hilum_version, millilitres, place, run_words, told, write_whole
 from . import _viewer, measurements, overlay
 from ._drawing import png
 from ._html import document, listed, pairs, swatch, text
-from ._planes import SIDES
 from ._rows import subject
+from ._viewer import unsure
 
-FILE_NAME = "page.html"
+FILE_NAME = PAGE
 
 MOST_PARTS = 12
 """Rows of parts under a label; measurements.json has more."""
@@ -73,6 +74,7 @@ def _body(result: Result, picture: str, viewer: str = "", licences: str = "", *,
             "</details>",
             "<h2>Measurements</h2>",
             _measurements(result, can_jump),
+            _unsure(result),
             _explained(result),
             f'<div class="two"><section>{_scan(result)}</section><section>{_origin(result)}</section></div>',
             f"<footer>hilum {text(hilum_version())} · for research, not for diagnosis. Volumes are voxels counted; "
@@ -136,10 +138,26 @@ def _leading(centre: measurements.Millimetres, cells: str, map_number: int | Non
     return f'<tr data-mm="{at}">{cells}<td>{place(centre)}</td><td>{shown}</td></tr>'
 
 
-def place(centroid_mm: Sequence[float]) -> str:
-    """As consoles write it: R 12.0, P 3.5, S 20.1 mm."""
-    sides = (rises if mm >= 0 else falls for mm, (rises, falls) in zip(centroid_mm, SIDES, strict=True))
-    return ", ".join(f"{side} {abs(mm):.1f}" for side, mm in zip(sides, centroid_mm, strict=True)) + " mm"
+def _unsure(result: Result) -> str:
+    """How unsure the networks are inside every label that was found, and what each number says."""
+    if not result.uncertainty or result.maps is None:
+        return ""
+    kinds = result.maps.kinds
+    head = "".join(f'<th class="number">{text(unsure.NAMES[kind])}</th>' for kind in kinds)
+    colours = {label.name: label.colour for label in result.label_table}
+    rows = "".join(
+        f'<tr><td class="label">{swatch(colours[name])}{text(name)}</td>'
+        + "".join(f'<td class="number">{found[kind]:.3f}</td>' for kind in kinds)
+        + "</tr>"
+        for name, found in result.uncertainty.items()
+    )
+    meaning = "".join(f"<li>{text(unsure.NAMES[kind])}: {text(KINDS[kind])}</li>" for kind in kinds)
+    return (
+        "<h2>Where the model is unsure</h2>"
+        f'<p class="quiet">Mean inside each label. A model can be sure and wrong, most of all on scans unlike those it '
+        f'learnt from.</p><div class="wide"><table><tr><th>label</th>{head}</tr>{rows}</table></div>'
+        f'<ul class="meaning quiet">{meaning}</ul>'
+    )
 
 
 TESTS = (
@@ -230,6 +248,7 @@ def _origin(result: Result) -> str:
     ]
     if result.precision != "float32":
         rows.append(("computed in", text(result.precision)))
+    rows += [(name, text(words)) for name, words in run_words(result)]
     if result.temperatures:
         numbers = ", ".join(f"{temperature:.3g} (fold {fold})" for fold, temperature in result.temperatures.items())
         rows.append(("temperature", text(numbers)))

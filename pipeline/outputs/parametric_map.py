@@ -7,7 +7,7 @@ slices: those above and below everything the map shows are left out.
 
 import datetime
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,21 +36,24 @@ SALIENCY = Code(value="130404", scheme="DCM", meaning="Saliency")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Nothing to decide here; what is explained, and how, is decided where the output `saliency` is."""
+    """What is explained, and how, is decided where the output `saliency` is."""
+
+    revision: _dicom.Revision = field(default_factory=_dicom.Revision)
+    """Where this is not the first answer for its scan."""
 
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
     """One file per map, all of one series; none where nothing was explained."""
     _dicom.refuse_odd_planes(result.scan.geometry)
     origin = _dicom.origin_of(result.scan)
-    print_ = _dicom.fingerprint(result, origin)
+    print_ = _dicom.fingerprint(result, origin, config.revision.number)
     now = datetime.datetime.now()
     written = []
     for number, (name, explanation) in enumerate(named(result.explanations), start=1):
         path = folder / f"saliency-{name}.dcm"
         with _dicom.quiet():
             data = _map(result, explanation, origin, print_, number, now)
-        _dicom.write_object(data, path, now, origin)
+        _dicom.write_object(data, path, now, origin, result, revision=config.revision)
         written.append(path)
     return written
 

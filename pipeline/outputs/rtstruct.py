@@ -7,7 +7,7 @@ take even from odd agree.
 
 import datetime
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,10 @@ SERIES_NUMBER = 2000
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Nothing to decide."""
+    """Nothing to decide of the contours themselves."""
+
+    revision: _dicom.Revision = field(default_factory=_dicom.Revision)
+    """Where this is not the first answer for its scan."""
 
 
 Corner = tuple[int, int]
@@ -46,15 +49,16 @@ def write(result: Result, folder: Path, config: Config) -> list[Path]:
     now = datetime.datetime.now()
     path = folder / FILE_NAME
     # implicit: in explicit files an element of text holds 64 kB at most, and a contour may be longer
-    _dicom.write_object(_structure_set(result, origin, now), path, now, origin, ImplicitVRLittleEndian)
+    data = _structure_set(result, origin, now, config.revision.number)
+    _dicom.write_object(data, path, now, origin, result, ImplicitVRLittleEndian, revision=config.revision)
     return [path]
 
 
-def _structure_set(result: Result, origin: _dicom.Origin, now: datetime.datetime) -> Dataset:
+def _structure_set(result: Result, origin: _dicom.Origin, now: datetime.datetime, revision: int) -> Dataset:
     labels = _contoured(result)
-    print_ = _dicom.fingerprint(result, origin)
+    print_ = _dicom.fingerprint(result, origin, revision)
     data = Dataset()
-    data.SOPClassUID = "1.2.840.10008.5.1.4.1.1.481.3"
+    data.SOPClassUID = _dicom.STRUCTURE_SET
     data.SOPInstanceUID = _dicom.uid("structure set", print_)
     data.SeriesInstanceUID = _dicom.uid("structure set series", print_)
     data.Modality = "RTSTRUCT"

@@ -29,6 +29,8 @@ class Config:
 
     picture: overlay.Config = field(default_factory=overlay.Config)
     """As in the output `overlay`."""
+    revision: _dicom.Revision = field(default_factory=_dicom.Revision)
+    """Where this is not the first answer for its scan."""
 
 
 def write(result: Result, folder: Path, config: Config) -> list[Path]:
@@ -38,15 +40,19 @@ def write(result: Result, folder: Path, config: Config) -> list[Path]:
     path = folder / FILE_NAME
     pixels = np.asarray(overlay.picture(result, config.picture, anonymous=True))
     with _dicom.quiet():
-        data = _capture(result, origin, pixels, now)
-    _dicom.write_object(data, path, now, origin, lies_in_patient=False)
+        data = _capture(result, origin, pixels, now, config.revision.number)
+    _dicom.write_object(data, path, now, origin, result, lies_in_patient=False, revision=config.revision)
     return [path]
 
 
 def _capture(
-    result: Result, origin: _dicom.Origin, pixels: UInt8[np.ndarray, "row column 3"], now: datetime.datetime
+    result: Result,
+    origin: _dicom.Origin,
+    pixels: UInt8[np.ndarray, "row column 3"],
+    now: datetime.datetime,
+    revision: int,
 ) -> Dataset:
-    print_ = _dicom.fingerprint(result, origin)
+    print_ = _dicom.fingerprint(result, origin, revision)
     data = Dataset()
     data.SOPClassUID = SecondaryCaptureImageStorage
     data.SOPInstanceUID = _dicom.uid("picture", print_, sha256(pixels.tobytes()).hexdigest())

@@ -22,10 +22,11 @@ from ..report import FILE_NAME, as_json, write_whole
 from ..results import DONE, ERROR, Batch, LookedAt, Row, Work, explained, work_through
 from . import deletion, geojson, heatmap, page, picture
 from .answering import SlideAnswer, answer, bag_of, without
+from .class_map_report import ClassMapReport
 from .feature_file import FILE_NAME as FEATURES
 from .feature_file import FeatureFile
 from .index import write_index
-from .naming import ClassMapReport, Naming
+from .naming import Naming
 from .package import SlidePackage
 from .report import SlideReport
 from .result import SlideResult, TopTile, ranked, table

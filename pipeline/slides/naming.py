@@ -4,7 +4,7 @@ import csv
 import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,63 +16,17 @@ from preprocessing.slides import SlideFile, find_tissue
 
 from .. import index
 from ..outputs._html import document, text
-from ..report import FILE_NAME, as_json, hilum_version, inert, read_record, write_whole
+from ..report import FILE_NAME, as_json, hilum_version, inert, write_whole
 from ..results import DONE, ERROR, FAILED, LookedAt, Row, Work, counts, explained
 from . import class_map
 from .answering import bag_of
 from .class_map import ClassMap
+from .class_map_report import ClassMapReport
 from .feature_file import FILE_NAME as FEATURES
 from .package import SlidePackage
-from .result import Origin
 from .sight import frame_of, origin_of, overview_of, warnings_of
 from .supply import Supply
 from .tile_answering import answer_tiles
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassMapReport:
-    """A slide's report.json; the slide is complete when it lies in its folder."""
-
-    slide_id: str
-    status: str = "done"
-    hilum_version: str
-    package_id: str
-    origin: Origin
-    slide_sha256: str
-    size_um: tuple[float, float]
-    microns_per_pixel: tuple[float, float]
-    resolution_from: str
-    tiles: int
-    tile_um: float
-    step_um: float
-    quarantined: dict[str, int]
-    features: str
-    """Whether they were made now, or taken from where they lay."""
-    areas_mm2: dict[str, float]
-    """Tissue of each class, by tiles."""
-    most: str
-    """The class with the largest area."""
-    warnings: tuple[str, ...]
-    seconds: dict[str, float]
-    files: tuple[str, ...]
-
-    @classmethod
-    def of(cls, found: ClassMap, files: Sequence[str], features: str) -> "ClassMapReport":
-        """What is to be said of a map whose files have been written."""
-        frame = found.frame
-        return cls(
-            slide_id=frame.slide_id, hilum_version=hilum_version(), package_id=found.origin.package_id, origin=found.origin,
-            slide_sha256=frame.sha256, size_um=frame.size_um, microns_per_pixel=frame.microns_per_pixel,
-            resolution_from=frame.resolution_from, tiles=len(found.predicted), tile_um=found.tile_um, step_um=found.step_um,
-            quarantined=found.quarantined, features=features, areas_mm2=found.areas_mm2, most=found.most,
-            warnings=found.warnings, seconds=found.seconds, files=tuple(files),
-        )  # fmt: skip
-
-    @classmethod
-    def read(cls, folder: Path) -> "ClassMapReport":
-        """The report in this slide's folder."""
-        remedy = "one that `hilum slides classify` writes is needed. Delete it and classify the slide again."
-        return read_record(cls, folder / FILE_NAME, "a report on the tiles of a slide", remedy)
 
 
 class Naming(Work[SlideFile, ClassMapReport]):

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, final
 
 import pydicom
 from pydicom.charset import convert_encodings
@@ -126,16 +127,19 @@ class _Short(Exception):
     """The bytes at hand end before the element does."""
 
 
-def read_header(path: Path, tags: Sequence[str | int] = TAGS) -> Header | str:
+def read_header(
+    path: Path, tags: Sequence[str | int] = TAGS, *, last: int = 0xFFFFFFFF, ceiling: int = HEADER_LIMIT
+) -> Header | str:
     """The wanted elements, every value converted; or why there are none to be had (not DICOM, DICOMDIR, damaged ...).
 
-    Tags are keywords or numbers (0x00291020). Lets no exception out.
+    Tags are keywords or numbers (0x00291020). Nothing behind the tag `last` is looked at. Four times `ceiling` is the most
+    memory it takes, and twice as much is the most that is inflated. Lets no exception out.
     """
     try:
         if not path.is_file():  # a pipe would never answer
             return _why_no_file(path)
         with quiet(), path.open("rb") as stream:
-            return _read(path, stream, _numbered(tuple(tags)))
+            return _read(path, stream, _numbered(tuple(tags)), last, ceiling)
     except PermissionError:
         return f"{DAMAGED}: may not be read by this user"
     except _Damage as damage:
@@ -274,7 +278,7 @@ class _Layout(NamedTuple):
     big: bool
 
 
-def _read(path: Path, stream: BinaryIO, wanted: frozenset[int]) -> Header | str:
+def _read(path: Path, stream: BinaryIO, wanted: frozenset[int], last: int, ceiling: int) -> Header | str:
     size = os.fstat(stream.fileno()).st_size
     beginning = stream.read(WINDOW)
     start = 132 if beginning[128:132] == b"DICM" else 0
@@ -283,13 +287,13 @@ def _read(path: Path, stream: BinaryIO, wanted: frozenset[int]) -> Header | str:
     meta, at = _meta(beginning, start)
     declared = str(meta.get("TransferSyntaxUID") or "").strip("\0 ")
     deflated = declared == DeflatedExplicitVRLittleEndian
-    source = (_Inflated if deflated else _Source)(stream, beginning[at:], at, size)
+    source = (_Inflated if deflated else _Source)(stream, beginning[at:], at, size, ceiling)
     layout, syntax, mended = _layout(source.data[:8], declared)
     walk = _Walk(source, layout, wanted | {DIRECTORY_RECORDS})
     if meta.get("MediaStorageSOPClassUID") == MediaStorageDirectoryStorage:
         return _directory(path, walk)
     try:
-        found, pixels = walk.top_level()
+        found, pixels = walk.top_level(last)
     except _Damage:
         if reason := _why_no_image(_uid(str(meta.get("MediaStorageSOPClassUID") or ""))):
             return f"{reason} (and damaged)"
@@ -429,8 +433,8 @@ def _is_there(folder: Path, parts: list[str]) -> bool:
 class _Source:
     """A window on the bytes of a data set, moved forward only as far as the header needs."""
 
-    def __init__(self, stream: BinaryIO | None, data: bytes, base: int, size: int) -> None:
-        self.data, self.size, self.packed = data, size, size
+    def __init__(self, stream: BinaryIO | None, data: bytes, base: int, size: int, ceiling: int = HEADER_LIMIT) -> None:
+        self.data, self.size, self.packed, self._ceiling = data, size, size, ceiling
         self.base = base
         """Where the window begins: in the file, or among the inflated bytes."""
         self._stream = stream
@@ -439,7 +443,7 @@ class _Source:
         """Let the window begin at `at` of what it was, and be wider; False where there is no more to be had."""
         left = len(self.data) - at
         wider = max(WINDOW, 8 * left)  # far, for what was begun is read again
-        if wider > 4 * HEADER_LIMIT:
+        if wider > 4 * self._ceiling:
             raise _Damage("with an element that is larger than can be believed")
         self._load(at, wider)
         return len(self.data) > max(left, 0) or (left <= 0 and not self.data)
@@ -461,14 +465,14 @@ class _Source:
 class _Inflated(_Source):
     """The same of a deflated data set. No more of it is unpacked than the header needs, and no more than a ceiling."""
 
-    def __init__(self, stream: BinaryIO, data: bytes, base: int, size: int) -> None:
-        super().__init__(stream, b"", 0, 2 * HEADER_LIMIT)
+    def __init__(self, stream: BinaryIO, data: bytes, base: int, size: int, ceiling: int) -> None:
+        super().__init__(stream, b"", 0, 2 * ceiling, ceiling)
         self._inflater = zlib.decompressobj(wbits=-15)
         self._packed, self._file, self.packed = data, stream, size
         self._load(0, WINDOW)
 
     def _load(self, at: int, wider: int) -> None:
-        if self.base + at + wider > 2 * HEADER_LIMIT:
+        if self.base + at + wider > 2 * self._ceiling:
             raise _Damage("with a header that inflates to more than can be believed")
         while len(self.data) < at + wider and not self._inflater.eof:
             packed = self._packed or self._file.read(WINDOW)
@@ -529,8 +533,8 @@ class _Walk:
         self._ambiguous = "US"
         self._write_as(layout)
 
-    def top_level(self) -> tuple[dict[BaseTag, DataElement], PixelData | None]:
-        """The wanted elements, and where the pixels are, which are the end of every header."""
+    def top_level(self, until: int = 0xFFFFFFFF) -> tuple[dict[BaseTag, DataElement], PixelData | None]:
+        """The wanted elements up to a tag, and where the pixels are, which are the end of every header."""
         found: dict[BaseTag, DataElement] = {}
         source, at, last = self._source, 0, -1
         while True:
@@ -540,6 +544,8 @@ class _Walk:
                 tag, vr, length, value = self.element(data, at)
                 if tag <= last:
                     raise _Damage("whose elements are out of order")
+                if tag > until:
+                    return found, None
                 if tag in PIXELS:
                     return found, self._pixels(found, tag, vr, length, value)
                 at = self.take(data, tag, vr, length, value, found)
@@ -789,9 +795,28 @@ def _numbered(tags: tuple[str | int, ...]) -> frozenset[int]:
     return frozenset(number for number in numbers if number is not None) | {CHARACTER_SET, PIXEL_REPRESENTATION}
 
 
+@final
+class _Quiet:
+    """Python has one list of what to warn of for all threads: the first to come changes it, the last to leave puts it back."""
+
+    lock = threading.Lock()
+    inside = 0
+    before = warnings.catch_warnings()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """pydicom warns of every odd value in a header; what matters of them is checked by who reads them, and refused."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _Quiet.lock:
+        if not _Quiet.inside:
+            _Quiet.before = warnings.catch_warnings()
+            _Quiet.before.__enter__()
+            warnings.simplefilter("ignore")
+        _Quiet.inside += 1
+    try:
         yield
+    finally:
+        with _Quiet.lock:
+            _Quiet.inside -= 1
+            if not _Quiet.inside:
+                _Quiet.before.__exit__(None, None, None)

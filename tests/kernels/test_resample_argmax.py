@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.resample_argmax import ROOM, fused, reference, stream
+from kernels.resample_argmax import ROOM, Between, fused, reference, stream
 from preprocessing.resampling import resample
 
 SIZES = st.tuples(*[st.integers(1, 9)] * 3)
@@ -250,3 +250,18 @@ def test_scores_that_ask_for_a_gradient_get_labels_that_have_none() -> None:
 def test_what_cannot_be_resampled_is_refused(arguments, match) -> None:
     with pytest.raises(ValueError, match=match):
         fused(*arguments)
+
+
+@pytest.mark.parametrize("nearest", [None, 0, 2])
+@pytest.mark.parametrize("shape", [(7, 9, 11), (16, 5, 12), (3, 20, 4), (1, 1, 1)])
+def test_scores_between_old_planes_are_those_that_are_decided_on(
+    shape: tuple[int, int, int], nearest: int | None
+) -> None:
+    scores = torch.randn(4, 7, 9, 11, generator=torch.Generator().manual_seed(0))
+    between = Between(7, shape, nearest)
+    planes = torch.stack([plane for old in scores.unbind(1) for plane in between.take(old)], dim=1)
+    labels, winner = reference(scores, shape, nearest=nearest)
+    assert planes.shape == (4, *shape)
+    torch.testing.assert_close(planes.argmax(dim=0).to(labels.dtype), labels, rtol=0, atol=0)
+    torch.testing.assert_close(planes.amax(dim=0), winner, rtol=0, atol=0)
+    assert len(between.held) == 0

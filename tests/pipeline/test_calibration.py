@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage, optimize, special
 
+from pipeline import calibration
 from pipeline.calibration import (
     HOTTEST,
     NEAR,
@@ -18,7 +19,6 @@ from pipeline.calibration import (
     Sample,
     calibrate,
     calibration_error,
-    draw,
     fit,
     near_a_border,
     probabilities,
@@ -204,6 +204,15 @@ def some_truth(seed: int, shape: tuple[int, int, int] = (30, 28, 26)) -> np.ndar
 
 def some_logits(truth: np.ndarray, classes: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (classes, *truth.shape)).astype(np.float32)
+
+
+def draw(
+    logits: np.ndarray, truth: np.ndarray, plan: Plan, rng: np.random.Generator, size: int = 20_000,
+    annotated: tuple[str, ...] | None = None,
+) -> Sample | None:  # fmt: skip
+    """Of logits that all are there."""
+    drawn = calibration.draw(truth, rng, size)
+    return drawn.with_logits(logits.reshape(len(logits), -1)[:, drawn.places].T, plan, annotated)
 
 
 def test_half_of_the_sample_lies_near_a_border_and_unknown_voxels_never_do(plan: Plan) -> None:

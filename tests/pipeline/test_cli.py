@@ -31,7 +31,7 @@ def test_help_lists_every_verb_and_loads_nothing_heavy() -> None:
 
 
 def test_every_verb_is_a_function_of_the_same_name() -> None:
-    names = [verb.replace(" ", "_") for verb in cli.VERBS]
+    names = [verb.replace(" ", "_") for verb in cli.VERBS if verb != "node"]  # a room of its own
     assert sorted(names) == sorted(pipeline.__all__)
     for name in names:
         assert callable(getattr(pipeline, name))

@@ -20,10 +20,11 @@ from pipeline.errors import UsageError
 from pipeline.explanation import Choice, Scene, explain, stitched
 from pipeline.lens import Lens
 from pipeline.package import ModelPackage
-from pipeline.prediction import Inference, Windows, mirrorings
+from pipeline.prediction import Inference, mirrorings
 from pipeline.report import Explanation
 from pipeline.scan import Scan
 from pipeline.segmentation import Model, segment_case
+from pipeline.stream import Windows
 from preprocessing import files
 from preprocessing.patches import bell, grid
 from preprocessing.plan import Label, Plan

@@ -6,7 +6,7 @@ import os
 import pickle
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -21,10 +21,9 @@ from pipeline.calibration import Calibration
 from pipeline.errors import DamagedPackage, PackageError
 from pipeline.package import Fold, ModelPackage, build_network, card, temperatures, weights_file
 from pipeline.postprocessing import Chosen, HeldOut, Largest
-from pipeline.prediction import Inference, predict
+from pipeline.prediction import Asked, Inference, segment_volume
 from preprocessing.plan import Plan
 from preprocessing.records import BadRecord, decode, encode
-from preprocessing.steps import prepare
 from preprocessing.volume import Volume
 
 MakePackage = Callable[..., ModelPackage]
@@ -163,12 +162,14 @@ def test_another_fold_keeps_the_first_and_the_networks_are_averaged(
     assert "0.850" in (folder / "card.md").read_text(), "the mean over folds"
     assert [path.name for path in tmp_path.iterdir()] == ["package"], "nothing half-made is left"
 
-    prepared, _ = prepare(make_scan(), both.plan.steps)
-    how = Inference(device="cpu")
-    networks = both.networks()
-    alone = [predict(prepared, [network], both.plan, how, "").probabilities.voxels for network in networks]
-    together = predict(prepared, networks, both.plan, how, "").probabilities.voxels
-    np.testing.assert_allclose(together, (alone[0] + alone[1]) / 2, atol=1e-6)
+    def livers(networks: Sequence[torch.nn.Module]) -> np.ndarray:
+        how, asked = Inference(device="cpu"), Asked(probabilities=True, exact=True)
+        maps = segment_volume(make_scan(), networks, both.plan, how, "", asked=asked).maps
+        assert maps is not None
+        return maps.probability("liver").voxels
+
+    alone = [livers([network]) for network in both.networks()]
+    np.testing.assert_allclose(livers(both.networks()), (alone[0] + alone[1]) / 2, atol=1e-6)
     assert np.abs(alone[0] - alone[1]).max() > 0.01
 
 

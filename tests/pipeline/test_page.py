@@ -2,23 +2,29 @@
 
 import base64
 import io
+import json
 import re
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from pipeline.faithfulness import Faithfulness
+from pipeline.maps import KINDS, MapWriter
 from pipeline.outputs import _viewer, measurements, overlay, page
 from pipeline.outputs._drawing import png
 from pipeline.outputs._viewer import copies
 from pipeline.report import Explanation, Result
 from preprocessing.phantoms import body, scan
-from preprocessing.plan import Label
+from preprocessing.plan import Label, Plan
+from preprocessing.steps import Trail
 from preprocessing.volume import Geometry, Provenance, Volume
 
 TABLE = (
@@ -207,6 +213,78 @@ def test_odd_scans_have_their_page_too(tmp_path: Path, shape: tuple[int, int, in
         explanations=(),
     )
     assert "viewer-scan" in written(result, tmp_path)
+
+
+# uncertainty, where it was asked for
+
+
+def unsure_result(voxels: np.ndarray | None = None, kinds: tuple[str, ...] = ("entropy", "folds")) -> Result:
+    """The phantom with maps of uncertainty: as given of the first kind, of all others 0."""
+    result = a_result()
+    grid = result.scan.geometry
+    plan = Plan(
+        name="x", channels=("t1",), labels=TABLE, steps=(), spacing_mm=(1, 1, 1), patch=(8, 8, 8), batch=1
+    )  # fmt: skip
+    given = np.full(grid.shape, 0.4, np.float32) if voxels is None else voxels
+    writer = MapWriter.create(None, plan, grid, kinds)
+    rows = {kind: torch.from_numpy(given * (number == 0)) for number, kind in enumerate(kinds)}
+    writer.rows(0, None, rows)
+    return replace(result, maps=writer.finish(Trail(taken=())))
+
+
+def blocks(content: str) -> dict[str, bytes]:
+    """The volumes a page holds."""
+    return {
+        name: base64.b64decode(packed)
+        for name, packed in re.findall(r'<script type="text/plain" id="viewer-([\w-]+)">([^<]*)</script>', content)
+    }
+
+
+def facts_of(content: str) -> list[dict[str, Any]]:
+    said = re.search(r'id="viewer-facts">(.*?)</script>', content)
+    assert said is not None
+    maps: list[dict[str, Any]] = json.loads(said[1])["maps"]
+    return maps
+
+
+@needs_niivue
+def test_uncertainty_can_be_switched_on_behind_the_maps_and_its_voxels_are_the_scans(tmp_path: Path) -> None:
+    unsure = np.random.default_rng(3).random(a_result().scan.geometry.shape).astype(np.float32)
+    result = unsure_result(unsure)
+    content = written(result, tmp_path)
+    shown = facts_of(content)
+    assert [facts["word"] for facts in shown] == ["map", "map", "unclear answer", "networks at odds"]
+    assert shown[2]["full"] == pytest.approx(unsure.max(), abs=1 / 255) and not shown[2]["signed"]
+    (tmp_path / "unsure.nii.gz").write_bytes(blocks(content)["map-2"])
+    read = nibabel.load(tmp_path / "unsure.nii.gz")
+    np.testing.assert_allclose(read.get_fdata(), unsure, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(read.affine, result.scan.geometry.affine, atol=1e-5)
+    assert re.search(r'<button data-map="2"[^>]*>unclear answer', content)
+    assert re.search(r"<button disabled>networks at odds.*?next to 0 in every voxel", content)
+
+
+@needs_niivue
+def test_what_is_next_to_nothing_does_not_glow(tmp_path: Path) -> None:
+    faint = unsure_result(np.full(a_result().scan.geometry.shape, 0.01, np.float32))
+    assert facts_of(written(faint, tmp_path))[2]["full"] == 0.1
+
+
+def test_the_table_says_how_unsure_the_model_is_of_each_label_and_what_that_means(tmp_path: Path) -> None:
+    markup = Markup(written(unsure_result(), tmp_path, page.Config(viewer=False)))
+    for words in ("Where the model is unsure", "0.400", "0.000", *(KINDS[kind] for kind in ("entropy", "folds"))):
+        assert words in markup.words
+    assert "Where the model is unsure" not in Markup(written(a_result(), tmp_path, page.Config(viewer=False))).words
+
+
+@needs_niivue
+def test_a_page_with_uncertainty_keeps_to_its_size_too() -> None:
+    noise = np.random.default_rng(0).random((34, 30, 26)).astype(np.float32)
+    result = unsure_result(noise)
+    free, without = _viewer.part(result, "", None), _viewer.part(a_result(), "", None)
+    room = len(without.data)
+    assert len(free.data) > room + 20_000
+    tight = _viewer.part(result, "", None, room=room)
+    assert len(tight.data) < room + 3_000 and "shown as one" in tight.html
 
 
 # the copy that is shown

@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from pipeline.maps import MapWriter
 from pipeline.outputs import _viewer, page
 from pipeline.report import Explanation, Result
-from preprocessing.plan import Label
+from preprocessing.plan import Label, Plan
+from preprocessing.steps import Trail
 from preprocessing.volume import Geometry, Volume
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -209,6 +212,39 @@ def test_each_control_changes_what_is_drawn(visit: Visit, tmp_path: Path) -> Non
     for key in "2345":
         shown.keyboard.press(key)
         assert changed(), key
+    assert visit.is_alone() and visit.complaints == []
+
+
+def an_unsure_result() -> Result:
+    """Unsure of the liver's box, a little more with every voxel; of nothing else, and the networks agree."""
+    clean = a_result()
+    plan = Plan(
+        name="x", channels=("ct",), labels=clean.label_table, steps=(), spacing_mm=(1, 1, 1), patch=(8, 8, 8), batch=1
+    )  # fmt: skip
+    unsure = torch.zeros(SHAPE)
+    unsure[2:7, 3:9, 2:9] = torch.linspace(0.3, 0.8, 5 * 6 * 7).view(5, 6, 7)
+    writer = MapWriter.create(None, plan, clean.scan.geometry, ("entropy", "folds"))
+    writer.rows(0, None, {"entropy": unsure, "folds": unsure * 0})
+    return replace(clean, maps=writer.finish(Trail(taken=())), explanations=clean.explanations[:1])
+
+
+def test_uncertainty_is_drawn_when_switched_on_with_a_legend_that_says_what_it_means(
+    visit: Visit, tmp_path: Path
+) -> None:
+    shown = visit.open(an_unsure_result(), tmp_path).page
+    assert " · map " in visit.place()  # an explanation first, uncertainty when asked for
+    with_map = visit.drawn()
+    shown.get_by_role("button", name="unclear answer").click()
+    shown.locator("tr[data-mm]").first.click()
+    value = float(visit.place().split(" · ")[2].removeprefix("unclear answer "))
+    assert 0.3 <= value <= 0.8 and np.abs(visit.drawn() - with_map).max() > 30
+    assert visit.share((255, 255, 255)) > 0.002 and not shown.is_visible("#viewer-bar.signed")
+    said = shown.inner_text("#viewer-legend")
+    assert "0 sure of one label, 1 all equally likely" in said and "mean inside liver 0.55, lesion 0" in said
+    assert shown.inner_text("#viewer-ends").split() == ["0", "0.8"]
+    assert shown.get_by_role("button", name="networks at odds").is_disabled()
+    shown.get_by_role("button", name="unclear answer").click()
+    assert not shown.is_visible("#viewer-legend") and len(visit.place().split(" · ")) == 3
     assert visit.is_alone() and visit.complaints == []
 
 

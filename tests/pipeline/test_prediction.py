@@ -1,7 +1,7 @@
 """Windows are blended as the formula says, and the decision is made on the scan's own grid."""
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -12,25 +12,18 @@ import torch
 from monai.inferers import sliding_window_inference
 from torch import nn
 
+from pipeline.decision import Confidence, Ground, Judge, Likely, decide, probabilities
 from pipeline.errors import UsageError
 from pipeline.package import ModelPackage
 from pipeline.postprocessing import Largest, NoHoles, NoSmaller, clean
-from pipeline.prediction import (
-    Inference,
-    Prediction,
-    blended_logits,
-    choose_device,
-    class_names,
-    confidence_in,
-    decide,
-    predict,
-    probabilities,
-    segment_volume,
-)
+from pipeline.prediction import Asked, Inference, blended_logits, choose_device, segment_volume
 from preprocessing.patches import bell, grid
 from preprocessing.plan import Label, Plan
+from preprocessing.records import BadRecord
 from preprocessing.steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step, Trail, prepare
 from preprocessing.volume import Volume
+
+from .dense import dense
 
 CPU = torch.device("cpu")
 PATCH = (16, 16, 16)
@@ -55,7 +48,7 @@ def a_scan(*shape: int) -> torch.Tensor:
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
 
 
-def dense(scan: torch.Tensor, network: nn.Module, starts: list[tuple[int, int, int]]) -> np.ndarray:
+def formula(scan: torch.Tensor, network: nn.Module, starts: list[tuple[int, int, int]]) -> np.ndarray:
     """sum_w b(x - w) f(x) / sum_w b(x - w), voxel by voxel in float64."""
     total, weight = np.zeros((3, *scan.shape[1:])), np.zeros(scan.shape[1:])
     b = np.einsum("i,j,k->ijk", *(bell(side).astype(np.float64) for side in PATCH))
@@ -71,7 +64,7 @@ def dense(scan: torch.Tensor, network: nn.Module, starts: list[tuple[int, int, i
 def test_windows_are_blended_as_the_formula_says(overlap: float, shape: tuple[int, int, int]) -> None:
     scan, network = a_scan(*shape), Placed().eval()
     blended = blended_logits(scan, network, PATCH, 3, Inference(overlap=overlap), CPU)
-    np.testing.assert_allclose(blended, dense(scan, network, grid(shape, PATCH, overlap)), atol=1e-4)
+    np.testing.assert_allclose(blended, formula(scan, network, grid(shape, PATCH, overlap)), atol=1e-4)
 
 
 def test_where_windows_agree_the_answer_is_monais() -> None:
@@ -98,27 +91,44 @@ def test_flips_are_the_mean_over_all_eight_mirrorings() -> None:
     torch.testing.assert_close(flipped, torch.stack(alone).mean(0), atol=1e-5, rtol=1e-5)
 
 
-def test_probabilities_sum_to_one_and_bear_the_names_of_the_classes(
+def test_probabilities_are_the_dense_paths_and_leave_the_rest_to_the_background(
     tiny: Path, make_scan: Callable[..., Volume]
 ) -> None:
-    package = ModelPackage.load(tiny)
-    prepared, _ = prepare(make_scan(), package.plan.steps)
-    prediction = predict(prepared, package.networks(), package.plan, Inference(device="cpu"), package.id)
-    assert prediction.probabilities.channels == ("background", "liver", "lesion")
-    assert prediction.package_id == package.id
-    np.testing.assert_allclose(prediction.probabilities.voxels.sum(0), 1, atol=1e-5)
+    package, scan = ModelPackage.load(tiny), make_scan()
+    networks, how = package.networks(), Inference(device="cpu")
+    found = segment_volume(scan, networks, package.plan, how, package.id, asked=Asked(probabilities=True, exact=True))
+    assert found.maps is not None and found.maps.labels == ("liver", "lesion") and found.maps.kinds == ()
+    with torch.no_grad():
+        background, *others = dense(scan, networks, package.plan, how).scores
+    maps = [found.maps.probability(name).voxels for name in found.maps.labels]
+    for map_, other in zip(maps, others, strict=True):
+        np.testing.assert_allclose(map_, other.voxels, atol=1e-5)
+    np.testing.assert_allclose(1 - sum(maps), background.voxels, atol=1e-5)
+
+
+def class_names(plan: Plan) -> tuple[str, ...]:
+    labels = tuple(label.name for label in plan.labels)
+    return labels if plan.has_regions else ("background", *labels)
 
 
 def random_probabilities(prepared: Volume, plan: Plan) -> Volume:
     logits = np.random.default_rng(3).normal(0, 2, (plan.classes, *prepared.geometry.shape))
     exponents = np.exp(logits)
-    names = ("background", *(label.name for label in plan.labels))
-    return prepared.with_voxels((exponents / exponents.sum(0)).astype(np.float32), channels=names)
+    return prepared.with_voxels((exponents / exponents.sum(0)).astype(np.float32), channels=class_names(plan))
 
 
-def decided(likely: Volume, trail: Trail, plan: Plan) -> tuple[Volume, dict[str, float]]:
-    labels, strength = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
-    return labels, confidence_in(labels, labels, strength, plan)
+def decided(likely: Volume, trail: Trail, plan: Plan, axis: int = 0) -> tuple[Volume, dict[str, float]]:
+    """As if networks had said so, two rows at a time."""
+
+    def rows() -> Iterator[Likely]:
+        scores = torch.from_numpy(np.array(likely.voxels)).movedim(axis + 1, 1)
+        for first in range(0, scores.shape[1], 2):
+            yield Likely(first=first, scores=scores[:, first : first + 2], beside={})
+
+    ground = Ground.under(likely.geometry, trail, axis, (0, 0, 0), likely.geometry.shape)
+    made = decide(rows(), ground, Judge(plan=plan, temperatures=(1.0,)))
+    labels = made.labels(likely)
+    return labels, made.confidence.of(labels, labels)
 
 
 def test_the_decision_is_the_strongest_probability_on_the_scans_own_grid(
@@ -150,16 +160,19 @@ TRAILS: dict[str, tuple[Step, ...]] = {
     "as nnU-Net": (Orient(), Crop(margin=0), MR, FINER, Pad(shape=(40, 16, 16))),
     "thick slices": (Orient(), replace(THICK, separate=2), MR, Pad(shape=(16, 16, 40))),
     "no resampling": (Orient(), Crop(margin=1), MR, Pad(shape=(16, 30, 16))),
-    "cropped after resampling": (FINER, Crop(margin=0), Orient(), MR),
-    "resampled twice": (COARSER, Crop(margin=0), Orient(), FINER, Pad(shape=(16, 16, 16))),
+    "cropped after resampling": (Orient(), FINER, Crop(margin=0), MR),
+    "grown before resampling": (Orient(), Pad(shape=(20, 20, 20)), COARSER, MR),
+    "cut, then grown": (Orient(), Crop(margin=0), MR, Pad(shape=(16, 30, 16))),
 }
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("has_regions", [False, True], ids=["classes", "regions"])
 @pytest.mark.parametrize("steps", TRAILS.values(), ids=TRAILS)
 def test_whatever_the_trail_the_decision_is_that_of_every_class_brought_back(
-    steps: tuple[Step, ...], has_regions: bool, make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
-) -> None:
+    steps: tuple[Step, ...], has_regions: bool, axis: int, make_plan: Callable[..., Plan],
+    make_scan: Callable[..., Volume],
+) -> None:  # fmt: skip
     labels = tuple(replace(label, parts=(label.value,) if has_regions else ()) for label in make_plan().labels)
     plan, scan = replace(make_plan(), labels=labels), make_scan(3)
     voxels = np.zeros_like(scan.voxels)
@@ -167,22 +180,29 @@ def test_whatever_the_trail_the_decision_is_that_of_every_class_brought_back(
     prepared, trail = prepare(scan.with_voxels(voxels), steps)
     random = np.random.default_rng(2).uniform(0, 1, (plan.classes, *prepared.geometry.shape)) ** 0.5
     likely = prepared.with_voxels(random.astype(np.float32), channels=class_names(plan))
-    found, strength = decide(Prediction(probabilities=likely, package_id=""), trail, plan)
+    found, confidence = decided(likely, trail, plan, axis)
 
     back = [
         trail.undo(likely.with_voxels(one[None], channels=("one",)), outside=float(number == 0 and not has_regions))
         for number, one in enumerate(likely.voxels)
     ]
-    dense = np.stack([one.voxels[0] for one in back])
+    every = np.stack([one.voxels[0] for one in back])
     if has_regions:
-        dense = np.stack([np.zeros_like(dense[0]), *dense])
-    wins = (dense > 0.5) * np.arange(len(dense))[:, None, None, None] if has_regions else dense
+        every = np.stack([np.zeros_like(every[0]), *every])
+    wins = (every > 0.5) * np.arange(len(every))[:, None, None, None] if has_regions else every
     number = wins.argmax(0)
-    best = np.take_along_axis(dense, number[None], axis=0)[0]
+    best = np.take_along_axis(every, number[None], axis=0)[0]
     np.testing.assert_array_equal(found.voxels[0], plan.lookup[number])
-    np.testing.assert_allclose(strength.voxels[0], best, atol=1e-6)
-    assert found.geometry.matches(back[0].geometry) and strength.geometry.matches(back[0].geometry)
+    expected = {label.name: best[number == n].mean() for n, label in enumerate(labels, start=1)}
+    assert confidence == pytest.approx(expected, abs=6e-5)
+    assert found.geometry.matches(back[0].geometry)
     assert found.voxels.flags.c_contiguous and len(np.unique(found.voxels)) > 1
+
+
+@pytest.mark.parametrize("late", [COARSER, Orient()], ids=["resample", "orient"])
+def test_a_plan_that_turns_or_resamples_after_resampling_is_refused(late: Step, make_plan: Callable[..., Plan]) -> None:
+    with pytest.raises(BadRecord, match=f"{late.kind} were met after resample.*may follow it.*Put them first"):
+        replace(make_plan(), steps=(FINER, MR, late))
 
 
 def test_classes_never_lie_on_the_scans_own_grid_all_at_once(
@@ -192,9 +212,9 @@ def test_classes_never_lie_on_the_scans_own_grid_all_at_once(
     plan = replace(make_plan(), labels=many, steps=(Orient(), Resample(spacing_mm=(9.0, 9.0, 12.0))))
     scan = make_scan(0, shape=(64, 60, 50))
     prepared, trail = prepare(scan, plan.steps)
-    prediction = Prediction(probabilities=random_probabilities(prepared, plan), package_id="")
+    likely = random_probabilities(prepared, plan)
     tracemalloc.start()
-    decide(prediction, trail, plan)
+    decided(likely, trail, plan)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 10 * 4 * scan.voxels.size  # bytes of ten float32 maps; there are sixty classes
@@ -245,15 +265,19 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_logits_are_divided_by_the_temperature_before_folds_are_averaged(
     make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
 ) -> None:
-    plan = make_plan()
-    prepared, _ = prepare(make_scan(), plan.steps)
+    plan, scan = replace(make_plan(), steps=(Normalise(channels=(Scale(by="scan"),)), Pad(shape=PATCH))), make_scan()
+    prepared, trail = prepare(scan, plan.steps)
     networks, how = [Pointwise(), Placed()], Inference(device="cpu")
-    found = predict(prepared, networks, plan, how, "", temperatures=(2.0, 0.5)).probabilities.voxels
     logits = [blended_logits(prepared.to_tensor(), network, PATCH, 3, how, CPU) for network in networks]
-    expected = ((logits[0] / 2).softmax(0) + (logits[1] / 0.5).softmax(0)) / 2
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-    plainly = predict(prepared, networks, plan, how, "").probabilities.voxels
-    np.testing.assert_allclose(plainly, sum(each.softmax(0) for each in logits) / 2, atol=1e-6)
+    for temperatures in ((2.0, 0.5), (1.0, 1.0)):
+        found = segment_volume(
+            scan, networks, plan, how, "", temperatures=temperatures, asked=Asked(probabilities=True, exact=True)
+        )
+        likely = sum((one / t).softmax(0) for one, t in zip(logits, temperatures, strict=True)) / 2
+        expected = trail.undo(prepared.with_voxels(likely.numpy(), channels=class_names(plan)))
+        assert found.maps is not None
+        for number, name in enumerate(("liver", "lesion"), start=1):
+            np.testing.assert_allclose(found.maps.probability(name).voxels[0], expected.voxels[number], atol=1e-6)
 
 
 def test_a_temperature_moves_the_confidence_and_not_the_decision(
@@ -342,13 +366,20 @@ def test_rules_are_applied_to_the_labels_and_told(tiny: Path, make_scan: Callabl
     assert any(change.removed_ml for change in changes)
 
 
+@pytest.mark.parametrize("axis", [0, 2])
 def test_confidence_counts_what_won_and_was_kept(
-    make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
+    axis: int, make_plan: Callable[..., Plan], make_scan: Callable[..., Volume]
 ) -> None:
     plan, scan = make_plan(), make_scan()
     before, after = np.zeros((2, 1, *scan.geometry.shape), np.uint8)
     before[0, 0, 0, :4], after[0, 0, 0, 2:6] = 1, 1  # two removed, two kept, two filled in
-    strength = np.zeros(before.shape, np.float32)
-    strength[0, 0, 0] = np.linspace(0.5, 1, strength.shape[-1])
-    labels, was, sure = (scan.with_voxels(each, channels=("x",)) for each in (after, before, strength))
-    assert confidence_in(labels, was, sure, plan) == {"liver": pytest.approx(strength[0, 0, 0, 2:4].mean(), abs=1e-4)}
+    after[0, 0, 1, 0] = before[0, 0, 1, 0] = 7
+    strength = np.random.default_rng(0).uniform(0.5, 1, scan.geometry.shape).astype(np.float32)
+    ground = Ground.under(scan.geometry, Trail(taken=()), axis, (0, 0, 0), scan.geometry.shape)
+    confidence = Confidence(plan=plan, ground=ground, keeps=True)
+    numbers = np.where(before[0] == 7, 2, before[0])
+    for row, (one, sure) in enumerate(zip(*(np.moveaxis(each, axis, 0) for each in (numbers, strength)), strict=True)):
+        confidence.add(row, one, sure)
+    labels, was = (scan.with_voxels(each, channels=("x",)) for each in (after, before))
+    expected = {"liver": strength[0, 0, 2:4].mean(), "lesion": strength[0, 1, 0]}
+    assert confidence.of(labels, was) == pytest.approx(expected, abs=1e-4)

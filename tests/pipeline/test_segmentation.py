@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pipeline.config import Segment
+from pipeline.engines.torch import engine
 from pipeline.package import ModelPackage
 from pipeline.postprocessing import Chosen, Largest
 from pipeline.prediction import Inference
@@ -43,7 +44,7 @@ def largest_whole(tiny: Path, make_plan: Callable[..., Plan]) -> Model:
     )  # fmt: skip
     package = ModelPackage.load(tiny)
     package = replace(package, record=replace(package.record, plan=plan, postprocessing=(rule,)))
-    return Model(package=package, networks=[Brightness()])
+    return Model(package=package, engines=[engine(Brightness(), torch.device("cpu"))])
 
 
 @pytest.mark.parametrize(

@@ -118,9 +118,10 @@ def test_a_channel_is_normalised_by_its_name() -> None:
     assert (rules[0].low, rules[0].high) == pytest.approx((0.01 * 1, 2 - 0.01), abs=0.05)
 
 
-def test_a_normalisation_that_no_step_does_is_refused() -> None:
-    with pytest.raises(BadRecord, match="Rename the channel"):
-        nnunet_plan(a_dataset(channels=("rescale_to_0_1",)), topology)
+def test_every_normalisation_that_nnunet_knows_by_name_is_planned() -> None:
+    plan = nnunet_plan(a_dataset(channels=("rescale_to_0_1", "noNorm", "rgb_to_0_1", "T2")), topology)
+    scales = next(step.channels for step in plan.steps if isinstance(step, Normalise))
+    assert [scale.by for scale in scales] == ["range", "dataset", "dataset", "scan"]
 
 
 def test_a_plan_is_written_and_read_as_it_was(tmp_path) -> None:

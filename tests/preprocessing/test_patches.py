@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from preprocessing.patches import Places, bell, cut, draw, grid
@@ -180,3 +181,25 @@ def test_a_window_over_the_edge_holds_the_scan_where_it_is_and_the_given_value_e
     np.testing.assert_array_equal(window, expected)
     assert window.dtype == voxels.dtype
     assert not np.shares_memory(window, voxels)
+
+
+# as nnU-Net v2 has it: what its compute_steps_for_sliding_window and compute_gaussian do, with scipy's filter
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "starts"), [(110, 64, [0, 23, 46]), (18, 9, [0, 4, 9]), (7, 1, [*range(7)]), (9, 9, [0])]
+)
+def test_by_nnunets_rule_windows_start_where_nnunets_do(size, side, starts):
+    assert [start[0] for start in grid((size, 8, 8), (side, 8, 8), 0.5, "nnunet")] == starts
+
+
+def test_of_an_odd_side_our_own_rule_lays_windows_closer():
+    assert len(grid((18, 8, 8), (9, 8, 8), 0.5)) > len(grid((18, 8, 8), (9, 8, 8), 0.5, "nnunet"))
+
+
+@pytest.mark.parametrize("side", [1, 5, 20, 40, 128])
+def test_by_nnunets_rule_the_bell_is_scipys(side):
+    point = np.zeros(side)
+    point[side // 2] = 1
+    theirs = ndimage.gaussian_filter(point, side / 8, mode="constant")
+    np.testing.assert_allclose(bell(side, "nnunet"), theirs / theirs.max(), rtol=1e-5)

@@ -103,7 +103,11 @@ def test_a_plan_survives_json_as_well(drawn):
 
 def test_a_step_names_its_kind_first_and_is_found_again_by_it():
     record = encode((Orient(), Crop(margin=4), Pad(shape=(1, 2, 3))))
-    assert record == [{"kind": "orient"}, {"kind": "crop", "margin": 4}, {"kind": "pad", "shape": [1, 2, 3]}]
+    assert record == [
+        {"kind": "orient", "to": "RAS"},
+        {"kind": "crop", "margin": 4},
+        {"kind": "pad", "shape": [1, 2, 3]},
+    ]
     assert decode(Recipe, {"steps": record}, where="recipe").steps == (Orient(), Crop(margin=4), Pad(shape=(1, 2, 3)))
 
 

@@ -17,7 +17,15 @@ from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
 from preprocessing import files
-from preprocessing.resampling import labels_onto, onto, resample, resample_labels, resized, straightened
+from preprocessing.resampling import (
+    labels_onto,
+    onto,
+    resample,
+    resample_labels,
+    resample_within,
+    resized,
+    straightened,
+)
 from preprocessing.volume import LPS_TO_RAS, Geometry, Provenance, ScanError, Volume
 
 QUIET = settings(derandomize=True, max_examples=40, deadline=None, database=None)
@@ -521,3 +529,40 @@ def test_a_grid_sheared_along_every_axis_is_straightened_too() -> None:
     assert grid.voxel_ml == pytest.approx(sheared.voxel_ml)
     places = grid.to_voxel(sheared.corners_mm)
     assert (places > -0.01).all() and (places < np.array(grid.shape) - 0.99).all()
+
+
+# as nnU-Net v2 has it from scikit-image: scipy's zoom with 'nearest', cut to the range it came from
+
+
+def by_nnunet(voxels: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    factors = np.array(shape) / np.array(voxels.shape)
+    there = ndimage.zoom(voxels.astype(np.float64), factors, order=3, mode="nearest", grid_mode=True)
+    return np.clip(there, voxels.min(), voxels.max())
+
+
+@QUIET
+@given(before=SIDES, after=SIDES)
+def test_within_its_range_and_beyond_its_ends_the_scan_is_scipys_with_nearest(before, after):
+    assume(before != after)
+    voxels = 50 * noise(before, channels=2)
+    there = resample_within(voxels, after, order=3)
+    for ours, theirs in zip(there, voxels, strict=True):
+        np.testing.assert_allclose(ours, by_nnunet(theirs, after), atol=2e-3)
+
+
+@QUIET
+@given(before=SIDES, after=SIDES, separate=st.integers(0, 2))
+def test_within_its_range_slices_far_apart_are_cut_each_by_itself(before, after, separate):
+    assume(before != after)
+    voxels = 50 * noise(before)
+    there = np.moveaxis(resample_within(voxels, after, order=3, separate=separate)[0], separate, 0)
+    slices = np.moveaxis(voxels[0], separate, 0)
+    flat = [side for axis, side in enumerate(after) if axis != separate]
+    places = (np.arange(after[separate]) + 0.5) * before[separate] / after[separate]
+    for ours, place in zip(there, places, strict=True):
+        np.testing.assert_allclose(ours, by_nnunet(slices[min(int(place + 1e-6), len(slices) - 1)], flat), atol=2e-3)
+
+
+def test_mirrored_ends_are_something_else():
+    voxels = noise((6, 6, 6))
+    assert np.abs(resample_within(voxels, (11, 11, 11), order=3) - resample(voxels, (11, 11, 11), order=3)).max() > 0.05

@@ -11,6 +11,7 @@ from nibabel.orientations import apply_orientation, inv_ornt_aff
 from scipy.spatial.transform import Rotation
 
 from preprocessing.phantoms import phantom
+from preprocessing.records import BadRecord
 from preprocessing.steps import Crop, Normalise, Orient, Pad, Resample, Scale, Step, nonzero_box, prepare
 from preprocessing.volume import Geometry, ScanError, Volume
 
@@ -300,3 +301,63 @@ def test_between_separate_slices_nothing_is_interpolated_on_the_way_and_on_the_w
 def test_an_axis_that_a_scan_has_not_is_refused(axis):
     with pytest.raises(ValueError, match="an axis, 0, 1 or 2"):
         Resample(spacing_mm=(1, 1, 1), separate=axis)
+
+
+# as nnU-Net v2 has it
+
+
+TURNS = ["".join(letters) for order in permutations(("RL", "AP", "SI")) for letters in product(*order)]
+
+
+@pytest.mark.parametrize("to", TURNS)
+def test_axes_are_turned_to_wherever_a_plan_says_and_back(to):
+    scan, _ = a_stripped_scan(a_grid(3, tilt=0.2))
+    turned, trail = prepare(scan, (Orient(to=to),))
+    assert turned.geometry.orientation == to
+    theirs = nibabel.orientations.ornt_transform(
+        nibabel.io_orientation(scan.geometry.affine), nibabel.orientations.axcodes2ornt(tuple(to))
+    )
+    np.testing.assert_array_equal(turned.voxels[0], apply_orientation(scan.voxels[0], theirs))
+    back = trail.undo(turned)
+    np.testing.assert_array_equal(back.voxels, scan.voxels)
+    assert same_grid(back.geometry, scan.geometry)
+
+
+@pytest.mark.parametrize("to", ["RAX", "RRS", "RA", "RASL"])
+def test_an_orientation_that_is_none_is_refused(to):
+    with pytest.raises(BadRecord, match="three letters are needed"):
+        Orient(to=to)
+
+
+@pytest.mark.parametrize(
+    ("scan", "target", "there", "back"),
+    [
+        ((1, 1, 4), (1, 1, 1), 2, 2),  # the scan's slices are far apart
+        ((1, 1, 1), (5, 1, 1), 0, 0),  # the target's are, and the scan says nothing
+        ((4, 1, 1), (1, 1, 5), 0, 2),  # both are, and not along one axis: where one comes from decides
+        ((1, 4, 4), (1, 1, 1), None, None),  # two axes as coarse as each other
+        ((1, 1, 3), (1, 1, 1), None, None),  # no more than three times
+    ],
+)
+def test_by_nnunets_rule_each_scan_says_along_which_axis_nothing_is_interpolated(scan, target, there, back):
+    """The table is what determine_do_sep_z_and_axis of nnU-Net 2.8.1 answers for these pairs."""
+    step = Resample(spacing_mm=target, rule="nnunet")
+    grid = Geometry(shape=(8, 8, 8), affine=np.diag([*scan, 1.0]))
+    assert (step.separate_there(grid), step.separate_back(grid)) == (there, back)
+    together = Resample(spacing_mm=target, rule="nnunet_together")
+    assert (together.separate_there(grid), together.separate_back(grid)) == (None, None)
+
+
+def test_a_kept_axis_has_every_scans_own_slices():
+    step = Resample(spacing_mm=(2.0, 1.0, 1.0), rule="nnunet", kept=(0,))
+    grid = Geometry(shape=(5, 8, 6), affine=np.diag([7.0, 2.0, 0.5, 1.0]))
+    assert step.shape_of(grid) == (5, 16, 3)
+    assert step.target(grid) == (7.0, 1.0, 1.0)
+
+
+def test_a_channel_may_be_stretched_between_its_lowest_and_highest():
+    scan, _ = a_stripped_scan(a_grid(1))
+    scan = scan.with_voxels(scan.voxels * 40 - 7)
+    stretched = Normalise(channels=(Scale(by="range"),)).apply(scan).voxels
+    low, high = scan.voxels.min(), scan.voxels.max()
+    np.testing.assert_allclose(stretched, (scan.voxels - low) / (high - low), atol=1e-6)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...maps import CODES
 from ...report import Explanation, Result
 from .. import _heat
 from .._html import as_data, slider, swatch, text
 from .._planes import View, Window, find, findings, turn
 from .._rows import subject
-from . import copies
+from . import copies, unsure
 from .scripts import NIIVUE
 
 HERE = Path(__file__).parent
@@ -89,6 +90,9 @@ def _blocks(
     for number, each in enumerate(maps):
         packed = copies.packed(copies.codes(copy, each.codes), copy.geometry, scale=each.scale)
         blocks[f"viewer-map-{number}"] = packed
+    for number, kind in enumerate(unsure.kinds(result), start=len(maps)):
+        packed = copies.packed(copies.codes(copy, unsure.codes(result, kind)), copy.geometry, scale=1 / CODES)
+        blocks[f"viewer-map-{number}"] = packed
     return blocks, copy.words
 
 
@@ -104,7 +108,10 @@ def _facts(
             {"value": label.value, "name": label.name, "colour": list(map(int, label.colour))}
             for label in result.label_table
         ],
-        "maps": [_map(each, result.explanations) for each in maps],
+        "maps": [
+            *(_map(each, result.explanations) for each in maps),
+            *(unsure.facts(result, kind) for kind in unsure.kinds(result)),
+        ],
         "heat": {"positive": _heat.POSITIVE, "pro": _heat.FOR, "contra": _heat.AGAINST},
     }
 
@@ -113,7 +120,7 @@ def _map(each: Explanation, all_of_case: Sequence[Explanation]) -> dict[str, Any
     full, signed = _heat.heat_of(each, all_of_case)
     says = [f"{subject(each)}: {each.standing}", *each.warnings]
     says += each.faithfulness.noted if each.faithfulness else ()
-    told = {"label": each.label, "unit": each.unit, "says": says, "doubtful": is_doubtful(each)}
+    told = {"label": each.label, "word": "map", "unit": each.unit, "says": says, "doubtful": is_doubtful(each)}
     return told | {"full": full, "signed": signed}
 
 
@@ -134,12 +141,15 @@ def style() -> str:
 
 
 def _html(result: Result, facts: dict[str, Any], words: str) -> str:
+    count = len(facts["maps"])
+    explained = count - len(unsure.kinds(result))
     note = f'<p class="quiet">This display copy is {text(words)}.</p>' if words else ""
     return (
         '<section id="viewer" class="viewer" hidden><div class="stage">'
         '<div class="screen"><canvas id="viewer-canvas" tabindex="0" aria-label="The scan and its labels"></canvas></div>'
         f'<output id="viewer-place"></output>{note}</div><div class="controls">'
-        f"{_views()}{_maps(result)}{_labels(result)}{_grey(result, facts)}{_keys()}</div></section>"
+        f"{_views()}{_maps(result)}{unsure.fieldset(result, explained)}{_legend(count > 0)}{_labels(result)}"
+        f"{_grey(result, facts)}{_keys()}</div></section>"
         '<p id="viewer-sorry" class="alarm" hidden>The viewer cannot run here: <span id="viewer-why"></span> '
         "The picture below shows the largest finding.</p>"
     )
@@ -202,12 +212,21 @@ def _maps(result: Result) -> str:
     )
     return (
         f'<fieldset><legend>Where the model looked</legend><div class="layers">{buttons}</div>'
-        '<div id="viewer-legend" hidden><div id="viewer-bar" class="bar"></div><div id="viewer-ends" class="ends"></div>'
+        '<p class="says quiet">Where the model looked, not where disease is.</p></fieldset>'
+    )
+
+
+def _legend(has_maps: bool) -> str:
+    """What the colours of the map stand for that is shown; out of sight while none is."""
+    if not has_maps:
+        return ""
+    return (
+        '<fieldset id="viewer-legend" hidden><legend>What the colours mean</legend>'
+        '<div id="viewer-bar" class="bar"></div><div id="viewer-ends" class="ends"></div>'
         '<span id="viewer-unit" class="quiet"></span>'
         f"{slider('viewer-strength', 'opacity', 0, 1, 0.05, _heat.MOST_OPACITY)}"
         f"{slider('viewer-least', 'clear below', 0.01, 0.9, 0.01, 0.25)}"
-        '<p id="viewer-says" class="says"></p></div>'
-        '<p class="says quiet">Where the model looked, not where disease is.</p></fieldset>'
+        '<p id="viewer-says" class="says"></p></fieldset>'
     )
 
 

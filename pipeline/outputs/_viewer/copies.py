@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Int8, Integer, Num, Shaped
+from jaxtyping import Bool, Integer, Num, Shaped
 
 from preprocessing import files
 from preprocessing.plan import Label
@@ -143,7 +143,7 @@ def labels(copy: Copy, found: Integer[np.ndarray, "i j k"], table: Sequence[Labe
     return np.stack(planes).astype(kind)
 
 
-def codes(copy: Copy, values: Int8[np.ndarray, "i j k"]) -> Int8[np.ndarray, "x y z"]:
+def codes(copy: Copy, values: Integer[np.ndarray, "i j k"]) -> Integer[np.ndarray, "x y z"]:
     """Of what becomes one voxel the strongest, with its sign."""
     if max(copy.every) == 1:
         return values[copy.box]

@@ -78,11 +78,12 @@ function gradient(tones) {
   return {R: pick(0), G: pick(1), B: pick(2), A: [0, ...tones.map(() => 255)], I};
 }
 
-// while a map is shown, its colours alone mean something: what it explains is outlined white, all else dark
+// while a map is shown, its colours alone mean something: what it is of is outlined white, all else dark
 function palette() {
   const most = Math.max(0, ...said.labels.map(label => label.value));
   const found = Array.from({length: most + 1}, (_, value) => said.labels.find(label => label.value === value));
-  const colour = label => map === null ? label.colour : said.maps[map].label === label.name ? [255, 255, 255] : [70, 70, 70];
+  const of = map === null ? undefined : said.maps[map].label;  // null: of all labels alike
+  const colour = label => map === null ? label.colour : of === null || of === label.name ? [255, 255, 255] : [70, 70, 70];
   const pick = channel => found.map(label => label ? colour(label)[channel] : 0);
   return {R: pick(0), G: pick(1), B: pick(2), A: found.map(label => label ? 255 : 0), labels: found.map(label => label?.name ?? '')};
 }
@@ -190,7 +191,7 @@ function tell(here) {
     const value = shown.getValue(...shown.mm2vox([...last.mm].slice(0, 3)));
     if (shown === scan) words.push(`${said.channel} ${Number(value.toPrecision(5))}`);
     else if (shown === labels) words.push(said.labels.find(label => label.value === Math.round(value))?.name ?? 'no label');
-    else words.push(`map ${figures(value)}`);
+    else words.push(`${said.maps[map].word} ${figures(value)}`);
   }
   element('viewer-place').textContent = words.join(' · ');
 }

@@ -1,0 +1,10 @@
+"""What files of ours are called, for whoever looks for one without making it."""
+
+REPORT = "report.json"
+"""In the folder of a case or a slide: what we say of it. Written last."""
+VERDICT = "verdict.json"
+"""What `convert` says of a scan."""
+MEASUREMENTS = "measurements.json"
+PAGE = "page.html"
+PACKAGE = "package.json"
+"""What makes a folder a package."""

@@ -1,0 +1,1 @@
+"""The hospital node: studies in, results in the archive, nothing lost, nothing leaked."""
