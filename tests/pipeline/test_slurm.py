@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,18 +23,20 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    before = signal.getsignal(signal.SIGUSR1)
-    yield told
-    signal.signal(signal.SIGUSR1, before)
+    return told
 
 
 def test_the_signal_is_heard_and_the_job_goes_back_into_the_queue(job: Path) -> None:
-    slurm.listen()
-    assert not slurm.is_time_up()
-    os.kill(os.getpid(), signal.SIGUSR1)
-    assert slurm.is_time_up()
-    slurm.requeue()
-    assert job.read_text() == "requeue 4711\n" and not slurm.is_time_up()
+    """In a process of its own: one that does not hear the signal is ended by it."""
+    code = (
+        "import os, signal; from pipeline import slurm; slurm.listen(); before = slurm.is_time_up(); "
+        "os.kill(os.getpid(), signal.SIGUSR1); heard = slurm.is_time_up(); slurm.requeue(); "
+        "print(before, heard, slurm.is_time_up())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["False", "True", "False"] and job.read_text() == "requeue 4711\n"
 
 
 def test_of_an_array_the_one_task_goes_back(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:

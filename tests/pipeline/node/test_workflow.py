@@ -107,6 +107,7 @@ def test_a_study_goes_in_and_its_results_lie_in_the_archive_once(
     assert not any(uid in rows for uid in uids)
 
 
+@pytest.mark.slow
 def test_slices_that_come_late_make_a_second_revision(desk: Desk, archive: Orthanc, series: list[Path]) -> None:
     study = arrive(desk, series[:-3])
     watcher = Watcher(desk=desk)
@@ -125,6 +126,7 @@ def test_a_study_that_fits_no_rule_says_why_not(desk: Desk, series: list[Path], 
     assert story.facts["why_not"][0]["why_not"] == "5 slices, fewer than 10"
 
 
+@pytest.mark.slow
 def test_an_archive_that_was_away_gets_everything_once_it_is_back(
     desk: Desk, archive: Orthanc, series: list[Path]
 ) -> None:
@@ -141,6 +143,7 @@ def test_an_archive_that_was_away_gets_everything_once_it_is_back(
     assert story.state == "done"
 
 
+@pytest.mark.slow
 def test_an_archive_that_stays_away_ends_as_a_dead_letter_that_can_be_begun_anew(
     desk: Desk, archive: Orthanc, series: list[Path]
 ) -> None:
