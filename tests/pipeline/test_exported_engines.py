@@ -18,6 +18,8 @@ from pipeline.package import ModelPackage
 from pipeline.prediction import Inference, segment_volume
 from preprocessing.cores import usable_cores
 
+pytestmark = pytest.mark.slow
+
 ENGINES = ("onnxruntime", "openvino")
 BOTH = pytest.mark.parametrize("engine", ENGINES)
 

@@ -24,6 +24,8 @@ from pipeline.slides.result import Origin
 from preprocessing.plan import Plan, Recipe
 from preprocessing.volume import Volume
 
+pytestmark = pytest.mark.slow
+
 HEAVY = {"torch", "lightning", "mlflow", "monai", "timm", "captum", "highdicom"}
 
 TOLD = """

@@ -16,6 +16,8 @@ from pipeline import unpickling
 from pipeline.errors import PackageError
 from pipeline.unpickling import unpickle
 
+pytestmark = pytest.mark.slow
+
 
 class Runs:
     """Whoever unpickles it calls a function."""

@@ -54,7 +54,10 @@ def halved(patch, spacing):
 
 DEMAND = Demand(divisor=halved)
 MANY = pytest.mark.parametrize(
-    "seeds", [range(150), pytest.param(range(150, 10_000), marks=pytest.mark.slow)], ids=["a few", "ten thousand"]
+    "seeds",
+    # every fourth of ten thousand: all of them take three minutes, and were seen to hold
+    [range(150), pytest.param(range(150, 10_000, 4), marks=pytest.mark.slow)],
+    ids=["a few", "thousands"],
 )
 
 

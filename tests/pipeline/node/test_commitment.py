@@ -17,6 +17,8 @@ from pipeline.node.config import Peer
 
 from .scanner import a_node, a_study, free_port, read, storescu, until
 
+pytestmark = pytest.mark.slow
+
 
 class Archive:
     """Somebody who asks, and listens for the answer."""

@@ -30,6 +30,8 @@ from pipeline.node.ledger import open_ledger
 
 from .scanner import Received, a_node, a_process, a_slice, a_study, storescu, until
 
+pytestmark = pytest.mark.slow
+
 KIND = str(CTImageStorage)
 
 

@@ -22,7 +22,7 @@ def test_what_was_acknowledged_outlives_kills_at_random_moments(tmp_path: Path) 
 
 @pytest.mark.slow
 def test_what_was_acknowledged_outlives_many_more_kills(tmp_path: Path) -> None:
-    assert _killed_often(tmp_path, kills=40, slices=60)
+    assert _killed_often(tmp_path, kills=15, slices=60)
 
 
 def _killed_often(folder: Path, kills: int, slices: int) -> set[str]:

@@ -26,6 +26,8 @@ from pipeline.node.spool import hash_of
 
 from .scanner import SCANNER, a_node, a_slice, a_study, echoscu, read, storescu, until, write
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_study_arrives_as_it_was_sent(tmp_path: Path) -> None:
     sent = a_study(tmp_path / "sent", slices=4, series=2)

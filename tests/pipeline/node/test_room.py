@@ -12,6 +12,8 @@ import pytest
 
 from pipeline.node.room import Answer, Job, Room
 
+pytestmark = pytest.mark.slow
+
 PLAIN = {"outputs": ["labels"]}
 
 

@@ -18,6 +18,8 @@ from pipeline.node.config import Peer, Security
 
 from .scanner import SCANNER, a_node, a_study, storescu, until
 
+pytestmark = pytest.mark.slow
+
 
 class Authority:
     """Somebody who makes certificates."""
