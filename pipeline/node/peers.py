@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-import ssl
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from .config import Node, Peer, Security
+from .security import client_side
 
 logger = logging.getLogger(__name__)
 
@@ -131,13 +131,6 @@ def _reference(sop_class: str, instance: str) -> Dataset:
     return one
 
 
-def _client(security: Security) -> ssl.SSLContext:
-    """To call: their certificate is checked, ours is shown."""
-    context = ssl.create_default_context(cafile=str(security.authority))
-    context.load_cert_chain(security.certificate, security.key)
-    return context
-
-
 # by DIMSE
 
 
@@ -153,7 +146,7 @@ def _associated(line: Line, contexts: Sequence[tuple[str, Sequence[str]]]) -> It
     )
     for abstract, transfer in contexts:
         entity.add_requested_context(abstract, list(transfer) or None)
-    tls = (_client(line.security), line.peer.host) if line.security and line.peer.tls else None
+    tls = (client_side(line.security), line.peer.host) if line.security and line.peer.tls else None
     association = entity.associate(line.peer.host, line.peer.port, ae_title=line.peer.aet, tls_args=tls)
     if association.is_rejected:
         raise PeerError(

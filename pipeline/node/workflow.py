@@ -232,22 +232,15 @@ def segment(study: str, revision: int, route: str, case: str) -> dict[str, str]:
     """One case through the route's package, in the room; what is complete is not made again."""
     at, how = desk(), desk().node.routes[route]
     story, folder = _noted(study, revision, route, "segmenting"), at.folder(study, revision, route)
-    options = how.output_options | _identity(how, revision)
     job = Job(
         paths=(str(folder / "input" / case),), package=str(how.package), out=str(folder / "results"),
-        settings={"outputs": list(how.outputs), "output_options": options},
+        settings={"outputs": list(how.outputs), "output_options": how.output_options},
     )  # fmt: skip
     with at.room() as room:
         answer = room.work(job, at.node.working.seconds)
     logger.info("study %s revision %d on %s: %s %s", study, revision, route, answer.status, answer.code)
     at.stories.note(story, "segmenting", tries={**story.facts.get("tries", {}), case: asdict(answer)})
     return _judged(answer)
-
-
-def _identity(how: Route, revision: int) -> dict[str, dict[str, Any]]:
-    """A revision's objects are its own: the second is no copy of the first."""
-    del how, revision
-    return {}
 
 
 def _judged(answer: Answer) -> dict[str, str]:
