@@ -52,7 +52,7 @@ def look(volume: Volume, coarse: Coarse, network: Engine) -> Look:
 
 def coarse_engine(package: ModelPackage, device: str) -> Engine:
     """What runs the coarse model of a package that has one: torch, in float32, whatever runs the others."""
-    return engine(package.coarse_network(), choose_device(device))
+    return engine(package.coarse_network(), choose_device(device), built_by=f"{package.id} coarse")
 
 
 Corners = tuple[tuple[float, float, float], ...]

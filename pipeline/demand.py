@@ -131,7 +131,7 @@ def _code() -> str:
     """Of everything that an answer follows from: our own files, and torch and MONAI, which some networks are made of."""
     floors = [Path(networks.__file__).parent, Path(networks.__file__).parent.parent / "kernels"]
     files = [file for floor in floors for file in sorted(floor.rglob("*.py"))]
-    files += [Path(__file__), Path(__file__).with_name("footprint.py")]
+    files += [Path(__file__).parent / name for name in ("demand.py", "footprint.py", "budget.py", "engines/torch.py")]
     seen = hashlib.sha256(" ".join(metadata.version(name) for name in ("torch", "monai")).encode())
     for file in files:
         seen.update(file.read_bytes())

@@ -7,7 +7,7 @@ quarters of the time are oneDNN's convolutions, near the most that a core can do
 
 import copy
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,15 +28,17 @@ def open(package: "ModelPackage", how: "Inference") -> "tuple[TorchEngine, ...]"
     """The network of every fold, on the device and in the precision that were asked for."""
     device = choose_device(how.device)
     refuse_slow_precision(how.precision, device)
-    return tuple(_engine(network, device, how.precision) for network in package.networks())
+    return tuple(_engine(network, device, how.precision, package.id) for network in package.networks())
 
 
-def engine(network: nn.Module, device: torch.device, precision: str = "float32") -> "TorchEngine":
+def engine(
+    network: nn.Module, device: torch.device, precision: str = "float32", *, built_by: str = ""
+) -> "TorchEngine":
     """An engine of a copy of this network."""
-    return _engine(copy.deepcopy(network), device, precision)
+    return _engine(copy.deepcopy(network), device, precision, built_by)
 
 
-def _engine(network: nn.Module, device: torch.device, precision: str) -> "TorchEngine":
+def _engine(network: nn.Module, device: torch.device, precision: str, built_by: str) -> "TorchEngine":
     """The network laid out anew, for answering alone."""
     network = network.eval().requires_grad_(False)
     if device.type == "cpu" and torch.backends.mkldnn.is_available():
@@ -45,7 +47,7 @@ def _engine(network: nn.Module, device: torch.device, precision: str) -> "TorchE
         if isinstance(module, nn.Conv3d | nn.ConvTranspose3d | _OneDNN):
             # oneDNN and cuDNN then need not sort the memory anew around every convolution
             module.to(memory_format=torch.channels_last_3d)
-    return TorchEngine(network=network.to(device), device=device, precision=precision)
+    return TorchEngine(network=network.to(device), device=device, precision=precision, built_by=built_by)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +57,8 @@ class TorchEngine:
     network: nn.Module
     device: torch.device
     precision: str
+    built_by: str = ""
+    """What builds the same network, by its id, a package: what was counted of one holds for the next."""
 
     @property
     def words(self) -> str:
@@ -69,7 +73,7 @@ class TorchEngine:
 
     def in_precision(self, precision: str) -> "TorchEngine":
         """The same weights computing otherwise."""
-        return TorchEngine(network=self.network, device=self.device, precision=precision)
+        return replace(self, precision=precision)
 
     def _memory(self) -> AbstractContextManager[None]:
         return _memory.kept() if self.device.type == "cpu" else nullcontext()

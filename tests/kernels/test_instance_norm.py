@@ -117,7 +117,7 @@ def test_a_traced_network_knows_nothing_of_our_operations() -> None:
             return fused(x, slope=0.01)
 
     graph = torch.jit.trace(Norm(), drawn(1, 2, 3, 4, 5))
-    assert "hilum" not in str(graph.graph)
+    assert "hilum::" not in str(graph.graph), "a folder of that name may stand in it"
 
 
 @pytest.mark.parametrize(

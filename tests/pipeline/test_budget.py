@@ -15,6 +15,7 @@ from torch import nn
 from networks import residual_unet
 from pipeline import budget
 from pipeline.budget import Load, Way, activation, hollowed, largest, parse_memory, stated, within
+from pipeline.engines import torch as torch_engine
 from pipeline.errors import UsageError
 from pipeline.prediction import Inference, segment_volume
 from pipeline.stream import Bare, Windows
@@ -89,6 +90,18 @@ def test_a_network_is_counted_without_a_number_of_it(engine: Bare) -> None:
     one, four = (activation(engine, 1, (16, 16, 16), batch) for batch in (1, 4))
     assert 2 * 4 * 16**3 * 4 < one < 40 * 4 * 16**3 * 4
     assert four == pytest.approx(4 * one, rel=0.02)
+
+
+def test_what_a_package_takes_is_counted_once_on_a_machine(
+    engine: Bare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Engines of one package, each in a process of its own, share one count; another package is counted anew."""
+    monkeypatch.setenv("HILUM_HOME", str(tmp_path))
+    counted: list[tuple[int, ...]] = []
+    monkeypatch.setattr(budget, "_counted_of", lambda network, shape: counted.append(shape) or 12345)
+    of = [torch_engine.engine(engine.network, torch.device("cpu"), built_by=name) for name in ("a", "a", "b", "")]
+    assert {activation(one, 1, (16, 16, 16), 1) for one in of} == {12345}
+    assert counted == [(1, 1, 16, 16, 16)] * 3, "one for a, one for b, one for what nobody knows the package of"
 
 
 def test_an_engine_that_shows_no_network_is_asked_once_and_watched() -> None:

@@ -82,7 +82,7 @@ def test_every_network_answers_as_torchscript_without_any_operation_of_ours(name
     file = tmp_path / "network.ts"
     file.write_bytes(torchscript_of(network, 2, patch, name, {}))
     loaded = torch.jit.load(file)
-    assert "hilum" not in str(loaded.network.inlined_graph)
+    assert "hilum::" not in str(loaded.network.inlined_graph), "a folder of that name may stand in it"
     with torch.no_grad():
         assert (loaded(windows) - expected).abs().max() < BOUND * max(1, expected.abs().max() / 10)
 
