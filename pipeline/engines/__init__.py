@@ -4,14 +4,10 @@ A file has `open(package, how)`, which makes an engine of every fold; nothing el
 precision and layout is done inside an engine: who asks it only knows windows and logits.
 """
 
-import pkgutil
-from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
-from preprocessing.records import nearest
-
 from ..errors import UsageError
+from ..shelf import Shelf
 
 if TYPE_CHECKING:
     import torch
@@ -36,19 +32,8 @@ class Engine(Protocol):
         """Windows [B, C, i, j, k] of float32 -> logits [B, K, i, j, k] of float32."""
 
 
-def available() -> tuple[str, ...]:
-    """The names of all engines. Nothing is imported."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
-
-
-def load(name: str) -> ModuleType:
-    """The module of one engine, imported now."""
-    names = available()
-    if name not in names:
-        raise UsageError(
-            f"engine {name!r} was asked for{nearest(name, names)}; one of {', '.join(names)} is needed. Choose among these."
-        )
-    return import_module(f".{name}", __name__)
+_shelf = Shelf(package=__name__, places=__path__, kind="engine", refusal=UsageError)
+available, load = _shelf.available, _shelf.load
 
 
 def open_engines(package: "ModelPackage", how: "Inference") -> "tuple[Engine, ...]":

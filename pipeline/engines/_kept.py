@@ -9,9 +9,12 @@ import os
 import shutil
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, TypeVar
 
+from preprocessing.cores import usable_cores
 from preprocessing.records import BadRecord, decode, encode
 
 from .. import seal, tracking
@@ -23,6 +26,8 @@ from ..report import hilum_version, swap, write_whole
 
 FOLDER = "exports"
 """In hilum's home. Nothing but time is lost when it is deleted."""
+Opened = TypeVar("Opened", bound=Any)
+"""An engine: a frozen dataclass that has `words`."""
 CONTENTS = "files.json"
 """sha256 of every exported file beside it; written last."""
 
@@ -61,6 +66,15 @@ def measured(
             refuse_unless_equal(agreement, f"{package.record.network} in {engine} {version}")
     write_whole(path, json.dumps(encode(found)))
     return found
+
+
+def checked(
+    package: ModelPackage, engine: str, version: str, precision: str, answers: Sequence[Opened]
+) -> tuple[Opened, ...]:
+    """The same engines, compared with torch; each says what it is and how near it came."""
+    found = measured(package, engine, version, precision, answers)
+    words = f"{engine} {version}, {precision}, {usable_cores()} threads; {told(found, precision)}"
+    return tuple(replace(answer, words=words) for answer in answers)
 
 
 def told(found: Sequence[Agreement], precision: str) -> str:

@@ -1,6 +1,6 @@
 """ONNX Runtime on the processor: the package's exported file, in float32, on as many threads as there are cores to use."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,7 @@ from preprocessing.cores import usable_cores
 
 from ..errors import UsageError
 from ..export import INPUT, missing_extra
-from ._kept import kept, measured, refuse_other_devices, told
+from ._kept import checked, kept, refuse_other_devices
 
 if TYPE_CHECKING:
     from ..package import ModelPackage
@@ -28,10 +28,7 @@ def open(package: "ModelPackage", how: "Inference") -> "tuple[RuntimeEngine, ...
             "processor; float32 is needed. Use --engine openvino or torch for it, or leave --precision out."
         )
     version = _imported().__version__
-    sessions = [session(path) for path in kept(package)]
-    found = measured(package, "onnxruntime", version, how.precision, sessions)
-    words = f"onnxruntime {version}, {how.precision}, {usable_cores()} threads; {told(found, how.precision)}"
-    return tuple(replace(one, words=words) for one in sessions)
+    return checked(package, "onnxruntime", version, how.precision, [session(path) for path in kept(package)])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

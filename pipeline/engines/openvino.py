@@ -1,7 +1,7 @@
 """OpenVINO on the processor: the package's exported file, in float32 or bfloat16, on as many threads as there are cores."""
 
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from preprocessing.cores import usable_cores
 from ..errors import UsageError
 from ..export import missing_extra
 from ..prediction import refuse_slow_precision
-from ._kept import kept, measured, refuse_other_devices, told
+from ._kept import checked, kept, refuse_other_devices
 
 if TYPE_CHECKING:
     from ..package import ModelPackage
@@ -29,10 +29,9 @@ def open(package: "ModelPackage", how: "Inference") -> "tuple[CompiledEngine, ..
     refuse_other_devices(how, "openvino")
     refuse_slow_precision(how.precision, torch.device("cpu"))
     version = _imported().__version__.split("-")[0]
-    models = [compiled(path, how.precision) for path in kept(package)]
-    found = measured(package, "openvino", version, how.precision, models)
-    words = f"openvino {version}, {how.precision}, {usable_cores()} threads; {told(found, how.precision)}"
-    return tuple(replace(one, words=words) for one in models)
+    return checked(
+        package, "openvino", version, how.precision, [compiled(path, how.precision) for path in kept(package)]
+    )
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,13 +3,11 @@
 Each has `Config`, a dataclass, and `write(result, folder, config) -> list[Path]`. A new file here is a new output.
 """
 
-import pkgutil
 from collections.abc import Iterable
-from importlib import import_module
-from types import ModuleType
 
-from preprocessing.records import nearest
 from preprocessing.volume import Volume
+
+from ..shelf import Shelf
 
 DICOM_RESULTS = {"dicom_seg", "parametric_map", "pdf", "rtstruct", "secondary_capture", "structured_report"}
 """Outputs that belong to a patient and a study, which only a DICOM scan has."""
@@ -22,19 +20,8 @@ class UnknownOutput(LookupError):
     """No output has this name."""
 
 
-def available() -> tuple[str, ...]:
-    """The names of all outputs. Nothing is imported."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
-
-
-def load(name: str) -> ModuleType:
-    """The module that writes this output."""
-    names = available()
-    if name not in names:
-        raise UnknownOutput(
-            f"There is no output {name!r}{nearest(name, names)}. Outputs are {', '.join(names)}: choose among these."
-        )
-    return import_module(f".{name}", __name__)
+_shelf = Shelf(package=__name__, places=__path__, kind="output", refusal=UnknownOutput)
+available, load = _shelf.available, _shelf.load
 
 
 def in_order(names: Iterable[str]) -> list[str]:
