@@ -1,11 +1,11 @@
 #!/bin/sh
 # Builds the image where there is no container registry: debootstrap makes the base, buildah the rest. Run as root.
 #
-#   docker/build.sh [cpu|gpu|base] [more options for `buildah build`]
+#   docker/build.sh [cpu|gpu|database|base] [more options for `buildah build`]
 #
 # Taken from the system: Debian's mirror (from apt), pip's index and certificates (from pip's configuration).
 # Settings, all from the environment:
-#   TAG       the image's name                                              hilum:cpu, hilum:gpu
+#   TAG       the image's name                                              hilum:cpu, hilum:gpu, hilum:database
 #   SUITE     the Debian release of the base                                bookworm
 #   MIRROR    its mirror, where apt's own is not the one to use
 #   PIP_ARGS  more for pip, e.g. an index that has torch without CUDA
@@ -15,8 +15,8 @@ set -eu
 target=${1:-cpu}
 [ $# -eq 0 ] || shift
 case $target in
-    cpu | gpu | base) ;;
-    *) echo "build.sh: target '$target' was met; cpu, gpu or base is needed. Name one of them." >&2; exit 2 ;;
+    cpu | gpu | database | base) ;;
+    *) echo "build.sh: target '$target' was met; cpu, gpu, database or base is needed. Name one of them." >&2; exit 2 ;;
 esac
 for tool in buildah debootstrap; do
     command -v "$tool" >/dev/null ||
@@ -71,12 +71,18 @@ pip_configuration() {  # the index and whom to trust, as pip's files and environ
 buildah inspect --type image "$base" >/dev/null 2>&1 || make_base
 [ "$target" != base ] || exit 0
 (umask 077 && pip_configuration >"$scratch/pip.conf")
+apt_sources >"$scratch/sources.list"
 
 # npm knows its registry on this machine, not in the build: what lies in the checkout is not fetched there again
 python3 "$repository/pipeline/outputs/_viewer/build.py" || true
 
-# Certificates: pip in the build trusts whom this machine trusts. `--format docker`: OCI's has no HEALTHCHECK.
+# Certificates: pip in the build trusts whom this machine trusts; Postgres's packages put one of their own beside them, so
+# that these are laid over the image's and not mounted for reading alone. `--format docker`: OCI's has no HEALTHCHECK. No
+# `--layers`: buildah 1.28 then takes a layer from its cache although the stage that is mounted in it is another.
+certificates=/etc/ssl/certs:/etc/ssl/certs:ro
+[ "$target" != database ] || certificates=/etc/ssl/certs:/etc/ssl/certs:O
 buildah build --pull-never --format docker --target "$target" --file "$repository/docker/Dockerfile" \
     --build-arg "BASE=$base" --build-arg "PIP_ARGS=${PIP_ARGS:-}" --secret "id=pip,src=$scratch/pip.conf" \
-    --volume /etc/ssl/certs:/etc/ssl/certs:ro ${WHEELS:+--volume "$WHEELS:/wheels:ro"} \
+    --secret "id=apt,src=$scratch/sources.list" \
+    --volume "$certificates" ${WHEELS:+--volume "$WHEELS:/wheels:ro"} \
     --tag "${TAG:-hilum:$target}" "$@" "$repository"

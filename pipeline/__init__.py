@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from .evaluation import evaluate
     from .export import export_onnx, export_torchscript
     from .nnunet import import_nnunet
+    from .offline import bundle
     from .planning import plan
+    from .signatures import sign
     from .slides.classification import classify as slides_classify
     from .slides.features import extract as slides_features
     from .slides.training import train_slides as slides_train
@@ -29,11 +31,13 @@ if TYPE_CHECKING:
     from .tuning import tune
 
 __all__ = [
-    "check", "compare", "convert", "demo", "evaluate", "export_monai", "export_onnx", "export_torchscript", "import_monai",
-    "import_nnunet", "plan", "segment", "show", "slides_classify", "slides_features", "slides_train", "train", "tune", "ui",
+    "bundle", "check", "compare", "convert", "demo", "evaluate", "export_monai", "export_onnx", "export_torchscript",
+    "import_monai", "import_nnunet", "plan", "segment", "show", "sign", "slides_classify", "slides_features",
+    "slides_train", "train", "tune", "ui",
 ]  # fmt: skip
 
 _HOMES = {
+    "bundle": ("offline", "bundle"),
     "check": ("checking", "check"),
     "compare": ("contest", "compare"),
     "convert": ("conversion", "convert"),
@@ -47,6 +51,7 @@ _HOMES = {
     "plan": ("planning", "plan"),
     "segment": ("batch", "segment"),
     "show": ("description", "show"),
+    "sign": ("signatures", "sign"),
     "slides_classify": ("slides.classification", "classify"),
     "slides_features": ("slides.features", "extract"),
     "slides_train": ("slides.training", "train_slides"),

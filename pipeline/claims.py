@@ -20,6 +20,11 @@ from typing import IO, final
 from .errors import UsageError
 from .report import recover
 
+
+class Busy(UsageError):
+    """Somebody else writes there now."""
+
+
 PATIENCE = 10.0
 """Seconds that who wants to share a folder waits for the last of the others to tidy up."""
 
@@ -70,7 +75,7 @@ def at_work(out: Path, *, shared: bool = False) -> Iterator[Claims]:
         deadline = time.monotonic() + (PATIENCE if shared else 0)
         while not _locked(lock, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             if time.monotonic() > deadline:
-                raise UsageError(
+                raise Busy(
                     f"another hilum writes into {out} now; one at a time can, or several that all were given --shard or "
                     "--ray. Wait for it, or give another --out."
                 )

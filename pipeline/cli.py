@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from preprocessing.reading import Reading
 
+    from .node.config import Node
+    from .node.heart import Part
     from .results import Batch
     from .scores import Evaluation
 
@@ -631,12 +633,87 @@ def _slides_classify(said: "Namespace") -> int:
     return _told_of_slides(classify(said.slides, said.package, said.out, settings, Bar()), said.out / "index.html")
 
 
+def _describe_bundle(parser: "ArgumentParser") -> None:
+    parser.add_argument(
+        "--image", nargs="+", default=[], help="Archives that `docker save` wrote, or names of images of this machine."
+    )
+    parser.add_argument(
+        "--package", type=Path, nargs="+", default=[], help="Folders of packages; their seals are checked."
+    )
+    parser.add_argument("--out", type=Path, help="The folder to make, to be carried to the other machine.")
+    parser.add_argument("--config", type=Path, help="A node's YAML to begin with there; its packages lie in /packages.")
+    parser.add_argument("--verify", type=Path, help="Check every file of such a folder instead.")
+
+
+def _bundle(said: "Namespace") -> int:
+    from .offline import bundle, verify
+
+    if not said.verify and not said.out:
+        raise UsageError(
+            "neither --out nor --verify was given; one of them is needed. Name a folder to make, or to check."
+        )
+    made = verify(said.verify) if said.verify else bundle(said.image, said.package, said.out, said.config)
+    for name, number in made.packages.items():
+        _say(f"package {name}, id {number[:12]}")
+    _say(f"{', '.join(made.images)}: {made.bytes / 1e9:.1f} GB in {made.folder}, whole. Install it there: {INSTALL}")
+    print(made.sum)
+    return DONE
+
+
+INSTALL = "SUM=the number below ./install.sh"
+
+
+def _describe_sign(parser: "ArgumentParser") -> None:
+    parser.add_argument("package", type=Path, nargs="?", help="A finished package, for scans or for slides.")
+    parser.add_argument("--key", type=Path, help="Your private key: ed25519, as PEM.")
+    parser.add_argument("--new_key", type=Path, help="Make a key in this new file instead, and FILE.pub beside it.")
+
+
+def _sign(said: "Namespace") -> int:
+    from .signatures import fingerprint, new_key, read_public, sign
+
+    if said.new_key:
+        public = new_key(said.new_key)
+        print(fingerprint(read_public(public)))
+        _say(f"keep {said.new_key} to yourself; {public} belongs into `trusted` of every node that shall believe it.")
+        return DONE
+    if not said.package or not said.key:
+        raise UsageError("a package and --key are needed to sign; `hilum sign --new_key FILE` makes a key.")
+    made = sign(said.package, said.key)
+    _say(f"{said.package} is signed by {made.key[:12]}, in its signature.json.")
+    return DONE
+
+
 def _describe_node(parser: "ArgumentParser") -> None:
     parser.add_argument("--config", type=Path, help="The node's YAML: its folder, its peers, its routes.")
+    parser.add_argument(
+        "--only", choices=("front", "worker"),
+        help="A part of the node, where several processes or machines share it over one Postgres and one folder: the front "
+        "receives, watches and shows, once; workers, as many as you like, work on stories. By default all of it.",
+    )  # fmt: skip
     parser.add_argument(
         "--hash_password",
         action="store_true",
         help="Ask for a password and print what belongs into the config instead.",
+    )
+    parser.add_argument(
+        "--make_token",
+        action="store_true",
+        help="Print a new token for a program, and what belongs into the config for it, instead.",
+    )
+    parser.add_argument(
+        "--verify_audit",
+        action="store_true",
+        help="Read the whole audit trail instead and say whether a line was touched: exit code 0 or 1. Its head is printed.",
+    )
+    parser.add_argument(
+        "--audit_head", action="append", default=[], help="A head that was printed earlier, and kept somewhere else."
+    )
+    parser.add_argument("--backup", type=Path, help="Copy its folder to this new one instead, while it works or not.")
+    parser.add_argument(
+        "--healthy",
+        action="store_true",
+        help="Ask the node that runs here whether it is ready instead: exit code 0 or 1.",
     )
 
 
@@ -648,17 +725,67 @@ def _node(said: "Namespace") -> int:
 
         print(hashed(getpass("password: ") if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")))
         return DONE
+    if said.make_token:
+        from .node.access import make_token
+
+        token, kept = make_token()
+        print(f"token: {token}\nhash: {kept}")
+        _say("the token goes to the program, and nowhere else; the hash into showing.tokens.NAME.hash.")
+        return DONE
     if said.config is None:
         raise UsageError("no --config was given; a node needs one. docker/node.yaml is one to begin with.")
-    import logging
-
     from .node.service import read_config, serve
 
     node = read_config(said.config)
+    if said.verify_audit:
+        return _verify_audit(node, said.audit_head)
+    if said.backup:
+        return _back_up(node, said.config, said.backup)
+    if said.healthy:
+        return _healthy(node, said.only or "both")
+    import logging
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
-    _say(f"the status page is on http://{node.showing.host}:{node.showing.port} (Ctrl-C stops the node)")
-    serve(node)
+    part: Part = said.only or "both"
+    if part != "worker":
+        scheme = "https" if node.showing.security else "http"
+        _say(f"the status page is on {scheme}://{node.showing.host}:{node.showing.port} (Ctrl-C stops the node)")
+    serve(node, part)
     return DONE
+
+
+def _verify_audit(node: "Node", heads: Sequence[str]) -> int:
+    from .node.audit import read_head, verify
+    from .node.spool import open_keys
+
+    if not (node.state / "secret").exists():
+        raise UsageError(f"{node.state} is no folder of a node; one that ran is needed. Look at `state` in the config.")
+    found = verify(node.state, open_keys(node.state), [read_head(words) for words in heads])
+    if found.broken:
+        _say(f"after {found.lines} whole lines: {found.broken}")
+        return OURS
+    print(found.head)
+    _say(f"all {found.lines} lines are as they were written. Keep the head above somewhere else, for --audit_head.")
+    return DONE
+
+
+def _back_up(node: "Node", config: Path, folder: Path) -> int:
+    from .node.backup import back_up
+
+    made = back_up(node, config, folder)
+    _say(f"{made.files} files, {made.bytes / 1e6:.0f} MB, are in {folder}.")
+    for name in made.elsewhere:
+        _say(f"the {name} lie in a database of their own and are not among them: dump it before, not after.")
+    return DONE
+
+
+def _healthy(node: "Node", part: "Part") -> int:
+    from .node.health import ailing
+
+    reason = ailing(node, part)
+    if reason:
+        _say(reason)
+    return OURS if reason else DONE
 
 
 def _describe_ui(parser: "ArgumentParser") -> None:
@@ -809,11 +936,23 @@ VERBS = {
         describe=_describe_slides_classify,
         act=_slides_classify,
     ),
+    "sign": Verb(
+        usage="sign PACKAGE --key KEY.pem | sign --new_key FILE",
+        does="Vouches for a package: a node that trusts your key loads it, and none that nobody vouches for.",
+        describe=_describe_sign,
+        act=_sign,
+    ),
     "node": Verb(
-        usage="node --config NODE.yaml",
+        usage="node --config NODE.yaml [--only front|worker]",
         does="The hospital node: studies in by DICOM, results back into the archive, a page to watch it.",
         describe=_describe_node,
         act=_node,
+    ),
+    "bundle": Verb(
+        usage="bundle --image ARCHIVE --package PACKAGE --out DIR",
+        does="A folder that installs a node where there is no network: image, packages, bill of materials, checksums.",
+        describe=_describe_bundle,
+        act=_bundle,
     ),
     "ui": Verb(
         usage="ui [--tracking_uri URI] [--port 5000]",

@@ -11,6 +11,7 @@
     UnknownOutput (LookupError)         pipeline/outputs/           no file of that name in pipeline/outputs/
     PackageError (RuntimeError)         pipeline/errors.py          a model package cannot be used
     ├── DamagedPackage                                              a byte is not what it was
+    ├── NotSigned                       pipeline/signatures.py      nobody who is trusted vouches for it
     └── RegistryError                                               no such model, version or alias
     TrackingError (OSError)             pipeline/tracking.py        the tracking store cannot be used
     CacheError (OSError)                pipeline/errors.py          prepared cases cannot be written or read

@@ -15,6 +15,8 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -283,6 +285,44 @@ def open_run(
     for key, value in tags.items():
         tracker.tag(key, value)
     return tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Over:
+    """Something that is over when the store hears of it."""
+
+    key: str
+    """What it is known by, to us: told twice, it is there once."""
+    name: str
+    params: dict[str, str]
+    tags: dict[str, str]
+    metrics: tuple[tuple[str, float, int], ...]
+    """Name, value and step."""
+    began: datetime
+    ended: datetime
+    is_good: bool
+
+
+KEY = "hilum.key"
+
+
+def tell_of(over: Over, *, uri: str, experiment: str) -> None:
+    """A run that is finished at once. One that a killed process left half-told is completed."""
+    with store_errors(uri):
+        from mlflow.entities import Metric, Param
+
+        client = connect(uri)
+        folder = _experiment_id(client, uri, experiment)
+        found = client.search_runs([folder], f"tags.`{KEY}` = '{over.key}'", max_results=1)
+        if found and found[0].info.status != "RUNNING":
+            return
+        began, ended = (round(moment.timestamp() * 1000) for moment in (over.began, over.ended))
+        tags = over.tags | {KEY: over.key, "mlflow.source.name": "hilum", "mlflow.source.type": "LOCAL"}
+        run = found[0] if found else client.create_run(folder, start_time=began, tags=tags, run_name=over.name)
+        points = [Metric(metric_key(name), value, ended, step) for name, value, step in over.metrics]
+        params = [Param(name, value) for name, value in over.params.items()]
+        client.log_batch(run.info.run_id, metrics=points, params=params)
+        client.set_terminated(run.info.run_id, "FINISHED" if over.is_good else "FAILED", ended)
 
 
 @contextmanager

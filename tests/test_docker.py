@@ -6,11 +6,13 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ import yaml
 from networks import residual_unet
 from pipeline import package
 from pipeline.batch import segment
+from pipeline.node.service import read_config
 from pipeline.outputs import _viewer
 from preprocessing import files
+from preprocessing.dicom.writing import write_series
 from preprocessing.phantoms import phantom
 from preprocessing.plan import Label, Plan
 from preprocessing.steps import Normalise, Orient, Resample, Scale
@@ -32,6 +36,8 @@ DOCKER = REPOSITORY / "docker"
 UID = 10001
 NEEDED_GB = 30
 """CUDA's libraries, which the index's torch brings: downloaded, unpacked, committed."""
+LOOPBACK = ("127.0.0.1:", "${HILUM_ADDRESS:-127.0.0.1}:")
+"""What is published is published to this machine, unless somebody says otherwise."""
 NO_SPACE = "no space left on device"
 """Others may fill the disk while the image is built."""
 LEAST_PRIVILEGE = [
@@ -70,8 +76,20 @@ def last(stage: str, word: str) -> str:
     return [rest for found, rest in stages()[stage] if found == word][-1]
 
 
-def compose() -> dict:
-    return yaml.safe_load((DOCKER / "compose.yaml").read_text())
+def compose(*more: str) -> dict:
+    """compose.yaml with other files over it: of what is in both, the mappings are brought together and the rest replaced."""
+    found = yaml.safe_load((DOCKER / "compose.yaml").read_text())
+    for name in more:
+        found = over(found, yaml.safe_load((DOCKER / name).read_text()))
+    return found
+
+
+def over(below: dict, above: dict) -> dict:
+    both = {key: over(below[key], above[key]) for key in above if isinstance(below.get(key), dict)}
+    return below | above | both
+
+
+MANY = "compose.many.yaml"
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
@@ -95,16 +113,47 @@ def test_the_image_holds_every_package_of_the_wheel() -> None:
     assert packages <= {shlex.split(rest)[0] for word, rest in stages()["wheel"] if word == "COPY"}
 
 
-def test_no_service_may_do_more_than_it_needs() -> None:
-    for name, service in compose()["services"].items():
+@pytest.mark.parametrize("more", [(), (MANY,)], ids=["alone", "many"])
+def test_no_service_may_do_more_than_it_needs(more: tuple[str, ...]) -> None:
+    for name, service in compose(*more)["services"].items():
         assert service["read_only"] is True, name
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["user"].rpartition("-")[2].startswith(f"{UID}:"), name
         assert "healthcheck" in service and "mem_limit" in service and "pids_limit" in service, name
         assert not {"privileged", "cap_add", "devices", "pid", "ipc", "network_mode"} & service.keys(), name
-        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
+        assert all(port.startswith(LOOPBACK) for port in service.get("ports", [])), name
         assert "docker.sock" not in json.dumps(service), name
+
+
+def test_only_what_calls_peers_has_a_way_out_and_the_database_has_none() -> None:
+    services = compose(MANY)["services"]
+    assert services["database"]["networks"] == ["inside"] and "ports" not in services["database"]
+    assert {name for name, said in services.items() if "outside" in said["networks"]} == {"node", "worker", "tracking"}
+
+
+def test_no_password_stands_in_an_environment_or_a_command() -> None:
+    for name, service in compose(MANY)["services"].items():
+        said = json.dumps([service.get("environment", {}), service.get("command", [])])
+        assert not re.search(r"password|://[^@/\"]*:[^@/\"]*@", said, re.IGNORECASE), name
+        if name != "segment":
+            assert service["secrets"] == ["pgpass"], name
+
+
+@pytest.mark.parametrize("name", ["node.yaml", "config/node.yaml"])
+def test_each_config_is_one_that_a_node_reads(name: str) -> None:
+    node = read_config(DOCKER / name)
+    assert node.receiving.aet == "HILUM"
+
+
+def test_the_container_listens_where_compose_publishes_it_and_may_take_what_its_config_says() -> None:
+    node, service = read_config(DOCKER / "config/node.yaml"), compose()["services"]["node"]
+    published = {int(port.rpartition(":")[2]) for port in service["ports"]}
+    assert published == {node.receiving.port, node.showing.port}
+    assert {node.receiving.host, node.showing.host} == {"0.0.0.0"}
+    assert str(node.state) in {mount["target"] for mount in service["volumes"]}
+    asked_gb = node.working.workers * (node.working.memory_gb + 3) + 1
+    assert service["mem_limit"] == f"${{HILUM_MEMORY:-{asked_gb:.0f}g}}"
 
 
 def test_what_reads_scans_cannot_reach_the_world() -> None:
@@ -115,8 +164,8 @@ def test_what_reads_scans_cannot_reach_the_world() -> None:
 
 
 def test_the_files_name_no_host_and_no_registry() -> None:
-    ours = {"127.0.0.1", "tracking"}
-    for path in sorted(DOCKER.iterdir()):
+    ours = {"127.0.0.1", "tracking", "hilum@database"}
+    for path in sorted(path for path in DOCKER.rglob("*") if path.is_file()):
         text = path.read_text()
         assert set(re.findall(r"\w+://([^:/\s\"']*)", text)) <= ours, path.name
         addresses = set(re.findall(r"\b\d+\.\d+\.\d+\.\d+\b", text))
@@ -128,7 +177,7 @@ def test_the_files_name_no_host_and_no_registry() -> None:
 def test_the_build_script_refuses_a_target_that_is_none() -> None:
     done = subprocess.run(["sh", DOCKER / "build.sh", "tpu"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "'tpu'" in done.stderr and "cpu, gpu or base" in done.stderr
+    assert "'tpu'" in done.stderr and "cpu, gpu, database or base" in done.stderr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,15 +427,117 @@ def test_the_tracking_service_of_compose_answers_and_stops_when_told(image: Engi
         image.call("podman", "rm", "--force", "--time", "1", "tracking")
 
 
-def _is_healthy(engine: Engine, check: str) -> bool:
+def _is_healthy(engine: Engine, check: str, name: str = "tracking") -> bool:
+    def passes() -> bool:
+        return engine.call("podman", "exec", name, "sh", "-c", check).returncode == 0
+
+    return _until(passes, lambda: _is_running(engine, name))
+
+
+def _until(holds: Callable[[], bool], lives: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 400  # beside other tests it has half a core at times
-    while time.monotonic() < deadline and _is_running(engine):
-        if engine.call("podman", "exec", "tracking", "sh", "-c", check).returncode == 0:
+    while time.monotonic() < deadline and lives():
+        if holds():
             return True
         time.sleep(2)
     return False
 
 
-def _is_running(engine: Engine) -> bool:
-    found = engine.call("podman", "container", "inspect", "--format={{.State.Running}}", "tracking")
+def _is_running(engine: Engine, name: str) -> bool:
+    found = engine.call("podman", "container", "inspect", "--format={{.State.Running}}", name)
     return found.stdout.strip() == "true"
+
+
+@of_the_image
+def test_the_bill_of_materials_in_the_image_says_what_is_installed_there(image: Engine) -> None:
+    bill = json.loads(image.inside("cat /usr/share/doc/hilum/sbom.json"))
+    named = {one["purl"] for one in bill["components"] if "purl" in one}
+    listing = "from importlib.metadata import distributions as all; print(*(f'{d.name}=={d.version}' for d in all()))"
+    python = [word.split("==") for word in image.inside(f'python3 -c "{listing}"').split()]
+    debian = image.inside("dpkg-query -W -f '${Package} ${Version}\\n'").splitlines()
+    assert {f"pkg:pypi/{_normal(name)}@{quote(version)}" for name, version in python} <= named
+    assert len([one for one in named if one.startswith("pkg:deb/")]) == len(debian)
+
+
+@pytest.fixture
+def hospital(ward: Path) -> Path:
+    """A node's folder, its config, and a study for it, as its container sees them."""
+    scan = files.read(ward / "scans" / "patient.nii.gz")
+    for number, name in enumerate(("t1", "t2")):
+        channel = Volume(voxels=scan.voxels[number : number + 1], geometry=scan.geometry, channels=(name,))
+        write_series(channel, ward / "study" / name, description=name, study="a phantom")
+    (ward / "state").mkdir(mode=0o700)
+    os.chown(ward / "state", UID, UID)
+    said = yaml.safe_load((DOCKER / "config/node.yaml").read_text())
+    said["receiving"] |= {"reserve_gb": 0.1}
+    take = {name: {"description": name} for name in ("t1", "t2")}
+    said |= {
+        "peers": {"scanner": {"aet": "SCANNER"}},
+        "waiting": {"quiet_s": 2.0, "settled_s": 1.0},
+        "working": {"memory_gb": 2.0},
+        "routes": {"body": {"package": "/package", "take": take, "outputs": ["dicom_seg", "secondary_capture"]}},
+    }
+    (ward / "config").mkdir()
+    (ward / "config" / "node.yaml").write_text(yaml.safe_dump(said))
+    return ward
+
+
+@of_the_image
+def test_the_image_is_a_node_that_receives_segments_and_says_that_it_is_well(image: Engine, hospital: Path) -> None:
+    """As compose.yaml has it, and with no network at all: the sender is in the same container."""
+    service = compose()["services"]["node"]
+    mounts = {"config": "/etc/hilum:ro", "package": "/package:ro", "study": "/study:ro", "state": "/state"}
+    volumes = [f"--volume={hospital / name}:{place}" for name, place in mounts.items()]
+    started = image.call(
+        "podman", "run", "--detach", "--name", "node", *LEAST_PRIVILEGE, *volumes, "hilum:cpu", *service["command"]
+    )
+    assert started.returncode == 0, started.stderr
+    try:
+        assert _is_healthy(image, service["healthcheck"]["test"], "node"), image.call("podman", "logs", "node").stderr
+        sender = ["storescu", "127.0.0.1", "11112", "/study", "--recurse", "-aet", "SCANNER", "-aec", "HILUM"]
+        sent = image.call("podman", "exec", "node", *sender)
+        assert sent.returncode == 0, sent.stderr
+        assert _until(lambda: 'state="done"' in _metrics(image), lambda: _is_running(image, "node")), _metrics(image)
+        assert len(list((hospital / "state/work").glob("*/body/results/*/*.dcm"))) == 2
+        image.call("podman", "stop", "--time", "60", "node")
+        ended = image.call("podman", "container", "inspect", "--format={{.State.ExitCode}}", "node")
+        assert ended.stdout.strip() == "0", image.call("podman", "logs", "node").stderr
+    finally:
+        image.call("podman", "rm", "--force", "--time", "1", "node")
+
+
+def _metrics(engine: Engine) -> str:
+    asked = (
+        "from urllib.request import urlopen as u; print(u('http://127.0.0.1:8080/metrics', timeout=5).read().decode())"
+    )
+    return engine.call("podman", "exec", "node", "python3", "-c", asked).stdout
+
+
+@of_the_image
+@pytest.mark.skipif(not os.environ.get("HILUM_LONG"), reason="fifteen more gigabytes; HILUM_LONG=1 runs it")
+def test_a_bundle_of_the_image_installs_and_starts_without_network(image: Engine, ward: Path) -> None:
+    """Into an engine that has no image, in a network namespace that has not even a loopback."""
+    words = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "bundle",
+        "--image",
+        "localhost/hilum:cpu",
+        "--package",
+        ward / "package",
+    ]
+    made = image.call(*words, "--out", image.folder / "bundle", seconds=1200)
+    assert made.returncode == 0, made.stderr
+    (image.folder / "other").mkdir()
+    other = Engine(folder=image.folder / "other", environment=_own_store(image.folder / "other"))
+    other.environment.update(ENGINE="podman", NETWORK="none", MEMORY="4g", SUM=made.stdout.strip())
+    try:
+        done = other.call(
+            "unshare", "--net", image.folder / "bundle" / "install.sh", image.folder / "srv", seconds=1200
+        )
+        assert done.returncode == 0, done.stderr
+        assert "the node is ready" in done.stdout
+    finally:
+        other.call("podman", "rm", "--all", "--force", "--time", "1")
+        subprocess.run(["umount", other.folder / "store" / "overlay"], capture_output=True)

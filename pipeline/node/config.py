@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .access import User
+from .access import Token, User
 from .routes import Route, Waiting, Working
 
 GB = 10**9
@@ -101,10 +101,54 @@ class Showing:
     """The status page, metrics and health."""
 
     host: str = "127.0.0.1"
-    """The address to listen on. Anything else than loopback belongs behind a proxy that speaks TLS."""
+    """The address to listen on. Anything else than loopback needs `security`, or a proxy before it that speaks TLS."""
     port: int = 8080
+    security: Security | None = None
+    """Certificates for HTTPS. A browser needs none of its own; a peer that shows the one its `certificate` names may send
+    without a token."""
     users: dict[str, User] = field(default_factory=dict)
     """Who may log in; nobody unless somebody is named. Metrics and health tell nothing of patients and need no login."""
+    tokens: dict[str, Token] = field(default_factory=dict)
+    """Programs that may call by DICOMweb and REST, by a name of your choice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inbox:
+    """A folder that is watched: whatever scan is put into it is segmented."""
+
+    folder: Path
+    """Where scans are put: NAME.nii.gz, NAME_0000.nii.gz beside NAME_0001.nii.gz, or a folder NAME with a file per channel."""
+    route: str
+    """What is done with them. Its rules for series do not count here: what is put in is what is meant."""
+    results: Path | None = None
+    """Where results go, into a folder per case; by default `results` in the folder."""
+    settled_s: float = 5.0
+    """A file is whole when nobody changed it, or has it open to write, for so long."""
+    cap_s: float = 600.0
+    """A case whose other channels have not come after so long is refused."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.settled_s <= self.cap_s:
+            raise ValueError(
+                f"settled_s {self.settled_s} and cap_s {self.cap_s} were given; the first must be above 0, the second no shorter."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keeping:
+    """How long what is no longer needed is kept. Dead letters are kept until a person begins them anew or gives them up."""
+
+    input_h: float = 72.0
+    """Received objects, after the last story of their study ended: late slices of a weekend still find the others here."""
+    results_h: float = 720.0
+    """Results and their pictures, after their story ended; 720 are thirty days."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.input_h <= self.results_h:
+            raise ValueError(
+                f"input_h is {self.input_h} and results_h {self.results_h}; 0 or more are needed, and results are kept no "
+                "shorter than what they were made of."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,17 +170,26 @@ class Node:
     """What a case may take, and how often anything is tried."""
     routes: dict[str, Route] = field(default_factory=dict)
     """What is done with studies, by a name of your choice."""
+    keeping: Keeping = field(default_factory=Keeping)
+    """How long it keeps what is no longer needed."""
     showing: Showing = field(default_factory=Showing)
     """The status page, and who may see it."""
+    inboxes: dict[str, Inbox] = field(default_factory=dict)
+    """Folders that are watched for scans without DICOM, by a name of your choice."""
+    trusted: tuple[Path, ...] = ()
+    """Public keys (PEM, ed25519). Where any is named, only packages work here that one of them signed (`hilum sign`)."""
+    tracking: str = ""
+    """An MLflow store for a run of each story that ended, without a word of a header; empty: none. One with a password
+    belongs into HILUM_TRACKING."""
     stories: str = ""
     """A Postgres for the workflows (postgresql://…), for more than one machine; by default sqlite in the folder. One with a
     password belongs into HILUM_STORIES."""
 
     def __post_init__(self) -> None:
-        for name in (*self.peers, *self.routes, *self.showing.users):
+        for name in (*self.peers, *self.routes, *self.showing.users, *self.showing.tokens, *self.inboxes):
             if not NAME.fullmatch(name):
                 raise ValueError(
-                    f"{name!r} was met as the name of a peer, route or user; up to 40 letters, digits, - and _ are needed. "
+                    f"{name!r} was met as the name of a peer, route, user, token or inbox; up to 40 letters, digits, - and _ are needed. "
                     "It stands in addresses, logs and folders."
                 )
         for name, route in self.routes.items():
@@ -145,6 +198,16 @@ class Node:
                     raise ValueError(
                         f"route {name} sends to {target!r}; a peer with a host or a web address is needed. Add it to peers."
                     )
+            if route.proof == "commitment":
+                for target in route.targets:
+                    if not self.peers[target].host:
+                        raise ValueError(
+                            f"route {name} has {target} vouch for objects, which has no host; storage commitment goes by "
+                            "DIMSE. Give it host and port, or let the route read back."
+                        )
+        for name, inbox in self.inboxes.items():
+            if inbox.route not in self.routes:
+                raise ValueError(f"inbox {name} names the route {inbox.route!r}; one of the routes is needed. Add it.")
         titles = [peer.aet.strip() for peer in self.peers.values()]
         for title in titles:
             if titles.count(title) > 1:

@@ -48,11 +48,14 @@ NO_IMAGES = (
 
 
 def contexts(kinds: Literal["images", "all"]) -> list[PresentationContext]:
-    """What is accepted: those objects in every syntax, C-ECHO, and requests for storage commitment."""
+    """What is accepted: those objects in every syntax, C-ECHO, and storage commitment: a peer's requests, and its answers to
+    ours, for which it proposes to be the one who serves."""
     natively = list(NATIVE[:3])
+    vouching = build_context(StorageCommitmentPushModel, natively)
+    vouching.scu_role = vouching.scp_role = True
     return [
         build_context(Verification, natively),
-        build_context(StorageCommitmentPushModel, natively),
+        vouching,
         *(build_context(kind, list(SYNTAXES)) for kind in stored(kinds)),
     ]
 

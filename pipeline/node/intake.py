@@ -265,12 +265,6 @@ class Intake(DIMSEServiceProvider):
         self.dul.event_queue.put("Evt19")  # PS3.8 9.2: an invalid PDU came; the state machine sends A-ABORT
 
 
-def of(association: Association) -> Intake:
-    """The intake of an association of ours."""
-    assert isinstance(association.dimse, Intake)
-    return association.dimse
-
-
 def intake_of(association: Association) -> Intake:
     """Of an association that this listener made."""
     assert isinstance(association.dimse, Intake)

@@ -26,6 +26,9 @@ logger = logging.getLogger(__name__)
 BUSY_SECONDS = 30
 """How long a write waits for another's: a write takes milliseconds, so a longer wait means that the disk hangs."""
 
+MAKING = 0x48494C554D
+"""The lock that whoever makes tables in a Postgres holds meanwhile; its letters say HILUM."""
+
 tables = sql.MetaData()
 
 objects = sql.Table(
@@ -42,6 +45,7 @@ objects = sql.Table(
     sql.Column("arrived", sql.Float, nullable=False),
     sql.Column("present", sql.Boolean, nullable=False),
     sql.UniqueConstraint("study", "number"),
+    sql.Index("node_objects_by_source", "source", "arrived"),  # when a peer was last seen is asked every few seconds
 )
 studies = sql.Table(
     "node_studies",
@@ -97,7 +101,14 @@ class Ledger:
         if self._is_sqlite:
             _tame(self.engine)
         self._insert = sqlite.insert if self._is_sqlite else postgresql.insert
-        tables.create_all(self.engine)
+        self.make(*tables.tables.values())
+
+    def make(self, *wanted: sql.Table) -> None:
+        """Tables that are there from now on. Several processes that start at once make them one after the other."""
+        with self.engine.begin() as connection:
+            if not self._is_sqlite:
+                connection.execute(sql.select(sql.func.pg_advisory_xact_lock(MAKING)))
+            tables.create_all(connection, tables=wanted)
 
     def close(self) -> None:
         """Let go of every connection."""
@@ -203,6 +214,13 @@ class Ledger:
         with self.reading() as connection:
             rows = connection.execute(counted.group_by(refusals.c.code, refusals.c.source)).all()
         return {(code, source): int(count) for code, source, count in rows}
+
+    def last_from(self, source: str) -> datetime | None:
+        """When the last object came from there."""
+        latest = sql.select(sql.func.max(objects.c.arrived)).where(objects.c.source == source)
+        with self.reading() as connection:
+            moment = connection.execute(latest).scalar()
+        return None if moment is None else datetime.fromtimestamp(moment, UTC)
 
     def reconcile(self, spool: Spool) -> Reconciled:
         """Put rows and spool right with each other at a start, before anybody is heard. The spool's files count."""

@@ -27,10 +27,11 @@ from pynetdicom.events import Event
 from pynetdicom.pdu_primitives import A_ASSOCIATE
 from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
+from .admission import Admission
 from .commitment import Commitments
 from .config import GB, Node, Peer
 from .contexts import contexts, known, stored
-from .intake import PDU_BYTES, Bounds, Incoming, Intake, Line, Machine, intake_of
+from .intake import PDU_BYTES, Bounds, Intake, Line, Machine, intake_of
 from .ledger import Ledger, open_ledger
 from .nouns import (
     MISBEHAVED,
@@ -48,6 +49,7 @@ from .nouns import (
 )
 from .security import server_side
 from .spool import IMPLEMENTATION, Spool, open_keys
+from .vouching import Vouchings
 
 logger = logging.getLogger(__name__)
 
@@ -75,10 +77,9 @@ class Listener:
         free_bytes: Callable[[], int] | None = None,
         arrived: Callable[[Arrival], None] | None = None,
     ) -> None:
-        self.node, self.spool, self.ledger = node, spool, ledger
-        self.commitments = Commitments(node, spool, ledger)
-        self._free_bytes = free_bytes or spool.free_bytes
-        self._arrived = arrived
+        self.node, self.spool = node, spool
+        self.admission = Admission(node, spool, ledger, free_bytes=free_bytes, arrived=arrived)
+        self.commitments, self.vouchings = Commitments(node, spool, ledger), Vouchings(ledger, spool.keys)
         self._server: _Server | None = None
 
     @property
@@ -113,41 +114,6 @@ class Listener:
             self._server.close()
         self.commitments.stop()
         self._server = None
-
-    def has_room(self) -> bool:
-        """Whether more may be written than what must stay free."""
-        return self._free_bytes() > self.node.receiving.reserve_gb * GB
-
-    def take(self, incoming: Incoming, source: str) -> Arrival:
-        """The object that came is safe when this returns; refused with the reason where it is not kept."""
-        if incoming.part is None:
-            raise Refused(incoming.refusal or NOT_KEPT)
-        try:
-            incoming.part.finish()
-            arrival = self.spool.name(incoming.part, source)
-            self.ledger.agree(arrival)
-            is_new = self.spool.admit(incoming.part, arrival)
-        finally:
-            incoming.part.discard()
-        self._write_down(arrival, is_new)
-        return arrival
-
-    def refuse(self, reason: Reason, source: str) -> None:
-        """Count it. A ledger that cannot be written must not keep the answer from the caller."""
-        try:
-            self.ledger.refuse(reason, source)
-        except Exception as error:  # any of the database's
-            logger.error("a refusal (%s) could not be counted (%s)", reason.code, type(error).__name__)
-
-    def _write_down(self, arrival: Arrival, is_new: bool) -> None:
-        try:
-            is_new_to_ledger = self.ledger.record(arrival)
-        except Refused:  # another brought other bytes under this UID in the meantime, into another study
-            if is_new:
-                self.spool.remove(arrival.place)
-            raise
-        if is_new_to_ledger and self._arrived is not None:
-            self._arrived(arrival)
 
 
 @contextmanager
@@ -188,7 +154,7 @@ class _Server(ThreadedAssociationServer):
         """Whether one more connection is spoken with at all."""
         if len(self._open) < self.listener.node.receiving.associations * UNHEARD:
             return True
-        self.listener.refuse(TOO_MANY, "")
+        self.listener.admission.refuse(TOO_MANY, "")
         return False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -283,12 +249,13 @@ class _Connection(RequestHandler):
         association.dul.socket = None
         association.set_socket(Line(association, client_socket=self.request))
         association.dul.state_machine = Machine(association.dul)
-        bounds = Bounds(object_bytes=int(self._receiving.object_gb * GB), has_room=self._listener.has_room)
+        bounds = Bounds(object_bytes=int(self._receiving.object_gb * GB), has_room=self._listener.admission.has_room)
         association.dimse = Intake(association, self._listener.spool, bounds, self._refuse)
         association.bind(evt.EVT_REQUESTED, self._answer)
         association.bind(evt.EVT_C_ECHO, _echo)
         association.bind(evt.EVT_C_STORE, self._store)
         association.bind(evt.EVT_N_ACTION, self._commit)
+        association.bind(evt.EVT_N_EVENT_REPORT, self._hear)
         return association
 
     def _answer(self, event: Event) -> None:
@@ -315,7 +282,7 @@ class _Connection(RequestHandler):
             return UNKNOWN_CALLER, NOT_THAT_CALLER
         if caller is not None and not self._is_who_it_says(caller[1]):
             return UNKNOWN_CALLER, NOT_THAT_CALLER
-        if not self._listener.has_room():
+        if not self._listener.admission.has_room():
             return NO_ROOM, CONGESTED
         if not self.server.hear(self):
             return TOO_MANY, LIMIT_REACHED
@@ -336,7 +303,10 @@ class _Connection(RequestHandler):
         try:
             if not isinstance(name, Path):
                 raise Refused(NOT_READABLE)  # a request without a data set
-            arrival = self._listener.take(intake_of(event.assoc).come(name), self.source)
+            incoming = intake_of(event.assoc).come(name)
+            if incoming.part is None:
+                raise Refused(incoming.refusal or NOT_KEPT)
+            arrival = self._listener.admission.take(incoming.part, self.source)
         except Refused as refused:
             return self._refused_with(refused.reason)
         except Exception as error:  # whatever the disk or the ledger say: the sender must not believe that it is safe
@@ -355,13 +325,24 @@ class _Connection(RequestHandler):
             return self._refused_with(NOT_UNDERSTOOD), None
         return _status(0x0000), None
 
+    def _hear(self, event: Event) -> tuple[Dataset, None]:
+        """A target's answer whether it keeps our results."""
+        try:
+            self._listener.vouchings.hear(event.event_information, self.source)
+        except Refused as refused:
+            return self._refused_with(refused.reason), None
+        except Exception as error:  # a data set of a caller's making can be wrong in any way
+            logger.error("an answer about commitment was not kept (%s)", type(error).__name__)
+            return self._refused_with(NOT_UNDERSTOOD), None
+        return _status(0x0000), None
+
     def _refused_with(self, reason: Reason) -> Dataset:
         self._refuse(reason)
         return _status(reason.status, reason.words)
 
     def _refuse(self, reason: Reason) -> None:
         self._refused[reason.code] += 1
-        self._listener.refuse(reason, self.source)
+        self._listener.admission.refuse(reason, self.source)
 
     def _say_what_came(self) -> None:
         if self._stored or self._refused:

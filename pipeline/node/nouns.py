@@ -146,6 +146,31 @@ NO_STUDY = Reason(
     status=0xC001,
     words="Study or series have no valid UID. Both are needed to know what belongs together. Mend the sender.",
 )
+NO_SCAN = Reason(
+    code="no_scan",
+    status=0,
+    words="A file is no NIfTI, NRRD or MetaImage in one piece. One of these is needed for each channel. Convert it.",
+)
+FILES_MISSING = Reason(
+    code="files_missing",
+    status=0,
+    words="The files are not one for each channel of the route. Each is needed once, and no other. Name them as channels.",
+)
+NOT_WANTED = Reason(
+    code="not_wanted",
+    status=0x0122,  # SOP class not supported
+    words="Objects of this class are not taken: no images, or a vendor's own. Send images, or widen `kinds`.",
+)
+NOT_SPOKEN = Reason(
+    code="not_spoken",
+    status=0xC122,  # PS3.18 10.5.1: referenced transfer syntax not supported
+    words="Nobody here reads that transfer syntax. Send the object uncompressed.",
+)
+OTHER_STUDY = Reason(
+    code="other_study",
+    status=0xC002,
+    words="The object is of another study than the address names. Send it to the studies as a whole, or to its own.",
+)
 OTHER_OBJECT = Reason(
     code="other_object",
     status=0xA900,  # data set does not match SOP class
@@ -204,6 +229,11 @@ NO_ADDRESS = Reason(
     status=0x0124,  # not authorised
     words="The caller has no address here to send the answer to. Give it host and port in the config.",
 )
+NOT_ASKED = Reason(
+    code="not_asked",
+    status=0x0112,  # no such object instance
+    words="An answer to a request for commitment came that this node has not made of that peer, or no longer waits for.",
+)
 NOT_UNDERSTOOD = Reason(
     code="not_understood",
     status=0x0115,  # invalid argument value
@@ -213,8 +243,9 @@ NOT_UNDERSTOOD = Reason(
 REASONS = {
     reason.code: reason
     for reason in (
-        NO_UID, NOT_READABLE, NO_STUDY, OTHER_OBJECT, OTHER_BYTES, TOO_LARGE, NO_ROOM, NOT_KEPT, UNKNOWN_CALLER,
-        OTHER_CALLED, TOO_MANY, BROKEN_OFF, MISBEHAVED, NO_SECURITY, NO_ADDRESS, NOT_UNDERSTOOD,
+        NO_UID, NOT_READABLE, NO_STUDY, OTHER_STUDY, NO_SCAN, FILES_MISSING, NOT_WANTED, NOT_SPOKEN,
+        OTHER_OBJECT, OTHER_BYTES, TOO_LARGE, NO_ROOM, NOT_KEPT, UNKNOWN_CALLER,
+        OTHER_CALLED, TOO_MANY, BROKEN_OFF, MISBEHAVED, NO_SECURITY, NO_ADDRESS, NOT_ASKED, NOT_UNDERSTOOD,
     )
 }  # fmt: skip
 """The closed list."""

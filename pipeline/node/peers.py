@@ -58,6 +58,8 @@ class Counts:
     """How many objects a source says that a study has, by SeriesInstanceUID."""
 
     series: dict[str, int]
+    without_images: frozenset[str] = frozenset()
+    """Those of them that hold no images, by their modality."""
 
     @property
     def objects(self) -> int:
@@ -65,8 +67,9 @@ class Counts:
 
 
 def counts_of(study_uid: str, line: Line) -> Counts:
-    """What the source has of a study. UIDs are asked for and answered, never kept."""
-    wanted = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": "", "NumberOfSeriesRelatedInstances": ""}
+    """What the source has of a study, but for series that hold no images. UIDs are asked for and answered, never kept."""
+    wanted = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": "", "Modality": ""}
+    wanted["NumberOfSeriesRelatedInstances"] = ""
     if line.peer.web:
         found = _answered(line, f"studies/{study_uid}/series", {"includefield": "NumberOfSeriesRelatedInstances"})
         # an archive need not say how many a series has; then its objects are counted
@@ -77,17 +80,36 @@ def counts_of(study_uid: str, line: Line) -> Counts:
         uid, count = str(one.get("SeriesInstanceUID", "")), one.get("NumberOfSeriesRelatedInstances")
         known = count not in (None, "")
         series[uid] = int(str(count)) if known else len(kept(study_uid, uid, line))
-    return Counts(series=series)
+    without = frozenset(str(one.get("SeriesInstanceUID", "")) for one in found if one.get("Modality") in NO_IMAGES)
+    return Counts(series=series, without_images=without)
+
+
+NO_IMAGES = frozenset((
+    "AU", "ANN", "ASMT", "DOC", "ECG", "EEG", "EMG", "EOG", "EPS", "FID", "HD", "KER", "KO", "LEN", "M3D", "OAM", "PLAN",
+    "POS", "PR", "REG", "RESP", "RTDOSE", "RTPLAN", "RTRECORD", "RTSTRUCT", "RWV", "SEG", "SMR", "SR", "SRF", "STAIN",
+    "TEXTUREMAP", "VA",
+))  # fmt: skip
+"""Modalities (PS3.3 C.7.3.1.1.1) whose series hold none."""
 
 
 def kept(study_uid: str, series_uid: str, line: Line) -> frozenset[str]:
     """The objects of a series that a system has, by what it answers now: read back."""
+    return frozenset(classes_of(study_uid, series_uid, line))
+
+
+def classes_of(study_uid: str, series_uid: str, line: Line) -> dict[str, str]:
+    """Of each object of a series its SOP class; empty where the system does not say, which it need not."""
     if line.peer.web:
         found = _answered(line, f"studies/{study_uid}/series/{series_uid}/instances", {})
     else:
-        wanted = {"StudyInstanceUID": study_uid, "SeriesInstanceUID": series_uid, "SOPInstanceUID": ""}
+        wanted = {
+            "StudyInstanceUID": study_uid,
+            "SeriesInstanceUID": series_uid,
+            "SOPInstanceUID": "",
+            "SOPClassUID": "",
+        }
         found = _found("IMAGE", wanted, line)
-    return frozenset(str(one.get("SOPInstanceUID", "")) for one in found)
+    return {str(one.get("SOPInstanceUID", "")): str(one.get("SOPClassUID") or "") for one in found}
 
 
 def accepted(kinds: Sequence[str], line: Line) -> frozenset[str]:
@@ -98,17 +120,36 @@ def accepted(kinds: Sequence[str], line: Line) -> frozenset[str]:
         return frozenset(str(context.abstract_syntax) for context in association.accepted_contexts)
 
 
+def echo(line: Line) -> None:
+    """Whether it answers at all, as nothing else does: a C-ECHO, or a question to its web side that asks for one study."""
+    if line.peer.web:
+        _answered(line, "studies", {"limit": "1"})
+        return
+    from pynetdicom.sop_class import Verification
+
+    with _associated(line, [(str(Verification), ())]) as association:
+        if not association.accepted_contexts:
+            raise Refused(f"{line.name} hears us, and does not answer C-ECHO. Nothing else may be wrong.")
+        status = association.send_c_echo()
+        if status.get("Status") != 0:
+            raise PeerError(f"{line.name} answered {_code(status)} to a C-ECHO. Look at its log.")
+
+
 def send(paths: Sequence[Path], line: Line) -> Sent:
     """Hand over objects. Sending again what is there already changes nothing: they keep their UIDs."""
     return _stowed(paths, line) if line.peer.web else _stored(paths, line)
 
 
-def ask_commitment(references: Sequence[tuple[str, str]], line: Line) -> str:
-    """Ask a system to vouch for objects (SOP class, SOP instance); its answer comes to our listener under this number."""
+def ask_commitment(references: Sequence[tuple[str, str]], line: Line, transaction: str) -> None:
+    """Ask a system to vouch for objects (SOP class, SOP instance); its answer comes to our listener under that number."""
     from pynetdicom.sop_class import StorageCommitmentPushModel, StorageCommitmentPushModelInstance
 
+    if not line.peer.host:
+        raise Refused(
+            f"{line.name} has no host to be asked to vouch at, for that goes by DIMSE. Let the route read back."
+        )
     request = Dataset()
-    request.TransactionUID = f"2.25.{uuid.uuid4().int}"
+    request.TransactionUID = transaction
     request.ReferencedSOPSequence = [_reference(*one) for one in references]
     with _associated(line, [(str(StorageCommitmentPushModel), ())]) as association:
         if not association.accepted_contexts:
@@ -122,7 +163,6 @@ def ask_commitment(references: Sequence[tuple[str, str]], line: Line) -> str:
             raise PeerError(
                 f"{line.name} answered {_code(status)} when asked to vouch for objects. It is asked again later."
             )
-    return str(request.TransactionUID)
 
 
 def _reference(sop_class: str, instance: str) -> Dataset:

@@ -8,9 +8,11 @@ could hold either leaves but in the answer, which names reasons by their codes.
 import json
 import os
 import resource
+import select
 import selectors
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -30,6 +32,10 @@ class Job:
     paths: tuple[str, ...]
     """The files of the series, or a folder per channel."""
     package: str
+    package_id: str = ""
+    """What the package must be, and no other; empty: whatever lies there."""
+    trusted: tuple[str, ...] = ()
+    """Public keys, one of which must have signed it; none named: anybody's."""
     out: str
     """A folder of this node's own; a result that is complete there is not made again."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -74,6 +80,11 @@ class Room:
             self.close()
             return Answer(status="killed", code=code)
         return decode(Answer, json.loads(line), where="the room's answer")
+
+    def strike(self) -> None:
+        """End the child from another thread than the one that waits for it, which tidies up."""
+        if child := self.child:
+            child.kill()
 
     def close(self) -> None:
         """End the child, whatever it does."""
@@ -131,6 +142,9 @@ def _line_within(source: IO[bytes], seconds: float) -> bytes | None:
     return said
 
 
+BUSY_SECONDS = 1.0
+"""Between two looks whether another still works on the same case."""
+
 OUT_OF_MEMORY = 77
 """How the room ends when an allocation was refused: there is no telling what a half-made allocation leaves behind."""
 
@@ -142,6 +156,7 @@ def main(words: Sequence[str]) -> int:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold patients
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no answer
+    threading.Thread(target=_end_with_the_node, name="end", daemon=True).start()
     for line in sys.stdin.buffer:
         job = decode(Job, json.loads(line), where="job")
         try:
@@ -152,16 +167,31 @@ def main(words: Sequence[str]) -> int:
     return 0
 
 
+def _end_with_the_node() -> None:
+    """Nobody asks any more, for the node was killed: a case in hand is another's now, who must not wait for this one."""
+    ear = select.poll()
+    ear.register(sys.stdin.fileno(), 0)  # hanging up is told unasked
+    ear.poll()
+    os._exit(0)
+
+
 def _done(job: Job) -> Answer:
     from preprocessing.records import BadRecord
 
     from ..batch import segment
+    from ..claims import Busy
     from ..config import Segment
     from ..errors import PackageError, UsageError
 
     try:
+        _refuse_other_package(job)
         settings = decode(Segment, job.settings, where="settings")
-        batch = segment([Path(path) for path in job.paths], Path(job.package), Path(job.out), settings)
+        while True:
+            try:
+                batch = segment([Path(path) for path in job.paths], Path(job.package), Path(job.out), settings)
+                break
+            except Busy:
+                time.sleep(BUSY_SECONDS)  # one that was thought dead still works on it; the node ends the wait
     except PackageError:
         return Answer(status="failed", code="package")
     except (BadRecord, UsageError):
@@ -172,6 +202,18 @@ def _done(job: Job) -> Answer:
         reasons = [(row.error or {}).get("reason", "") for row in batch.failed]
         return Answer(status="refused" if all(reasons) else "failed", code=next(filter(None, reasons), "fault"))
     return Answer(status="done", folders=tuple(row.case_id for row in batch.rows if row.report))
+
+
+def _refuse_other_package(job: Job) -> None:
+    """Here, just before it is loaded: what was checked at the start may have lain around for months."""
+    from ..errors import PackageError
+    from ..package import ModelPackage
+    from ..signatures import refuse_unsigned
+
+    if job.trusted:
+        refuse_unsigned(Path(job.package), [Path(key) for key in job.trusted])
+    if job.package_id and ModelPackage.load(Path(job.package)).id != job.package_id:
+        raise PackageError(f"{job.package} is another package than the story began with. Begin it anew.")
 
 
 def _kind_of_error(folder: Path) -> str:

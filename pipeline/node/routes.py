@@ -12,7 +12,11 @@ class Route:
     """One package for one kind of study. A study takes every route that is open to it."""
 
     package: Path
-    """The package's folder."""
+    """The package's folder. The node works with a copy of its own, made when it starts."""
+    before: Path | None = None
+    """The package before, to roll back to. Packages that this route worked with earlier are remembered without."""
+    shadow: Path | None = None
+    """Another package that sees the same scans after the results are sent: compared with them, and never sent itself."""
     take: dict[str, Rule]
     """What the series of each of the package's channels must be, by the channel's name."""
     prefer: Preference = "most_slices"
@@ -25,8 +29,13 @@ class Route:
     """Settings of single outputs."""
     targets: tuple[str, ...] = ()
     """Peers that results are sent to."""
-    proof: Literal["read_back", "none"] = "read_back"
-    """How it is known that a target kept them: it is asked for what it has; or not at all."""
+    folder: Path | None = None
+    """Where results are put as files, too: a folder per case under its key, whole or not at all."""
+    proof: Literal["read_back", "commitment", "none"] = "read_back"
+    """How it is known that a target kept them: it is asked for what it has; it vouches for them (storage commitment); or
+    not at all."""
+    vouch_s: float = 86400.0
+    """How long a target may take to vouch before it is asked anew: some archives do so in the night."""
     priority: int = 5
     """From 1, before all others, to 9."""
 
@@ -35,6 +44,8 @@ class Route:
             raise ValueError(
                 "a route takes no series; rules for each of its package's channels are needed. Write `take`."
             )
+        if self.vouch_s <= 0:
+            raise ValueError(f"vouch_s is {self.vouch_s}; it must be above 0.")
         if not 1 <= self.priority <= 9:
             raise ValueError(f"a route's priority is {self.priority}; it must be 1 (first) to 9.")
 
@@ -72,9 +83,14 @@ class Working:
     """How long a case may take."""
     attempts: int = 5
     """How often anything is tried before it is a dead letter."""
+    target_attempts: int | None = None
+    """The same for targets, where it is not the same: 20 are eleven hours, by the pauses here, for an archive that is away."""
     first_pause_s: float = 10.0
     """Before the second try; before each further one twice as long."""
     longest_pause_s: float = 3600.0
+    silent_s: float = 60.0
+    """A process of the node that has said nothing for so long is dead, and others finish what it had begun. Longer than a
+    database may be away: one that was thought dead and was not costs work twice, never a result."""
 
     def pause(self, tried: int) -> float:
         """Seconds until the next try, after so many."""

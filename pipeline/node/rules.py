@@ -59,7 +59,7 @@ class Rule:
         distance = "unknown" if facts.distance_mm is None else f"{facts.distance_mm:.2f}"
         types = set(facts.image_type)
         asked = [
-            (f"modality {facts.modality or 'unknown'}, not {_or(self.modality)}",
+            (f"modality {facts.told_modality}, not {_or(self.modality)}",
              not self.modality or facts.modality in self.modality),
             (f"its description does not hold /{self.description}/", _found(self.description, facts.description)),
             (f"its description holds /{self.not_description}/",
@@ -94,7 +94,7 @@ class SeriesFacts:
     """What rules ask of a volume of a series, from its headers."""
 
     series: dicom.Series = field(repr=False)
-    modality: str
+    modality: str = field(repr=False)
     description: str = field(repr=False)
     direction: Direction
     slices: int
@@ -103,6 +103,20 @@ class SeriesFacts:
     contrast: bool
     image_type: tuple[str, ...]
     part: str
+
+    @property
+    def told_modality(self) -> str:
+        """Where DICOM has such a modality; whatever else stands there somebody may have typed."""
+        return self.modality if self.modality in MODALITIES else "unknown"
+
+
+MODALITIES = frozenset(re.findall(
+    r"\w+", "ANN AR ASMT AU BDUS BI BMD CFM CR CT CTPROTOCOL DG DMS DOC DX ECG EEG EMG EOG EPS ES FID GM HC HD IO IOL IVOCT IVUS KER "
+    "KO LEN LS MG MR M3D NM OAM OCT OP OPM OPT OPTBSV OPTENF OPV OSS OT PA PLAN POS PR PT PX REG RESP RF RG RTDOSE RTIMAGE "
+    "RTINTENT RTPLAN RTRAD RTRECORD RTSEGANN RTSTRUCT RWV SEG SM SMR SR SRF STAIN TEXTUREMAP TG US VA XA XAPROTOCOL XC "
+    "AS CD CF CP CS DD DF DM DS EC FA FS LP MA MS OPR ST VF",
+))  # fmt: skip
+"""PS3.3 C.7.3.1.1.1, those that are retired in the last line."""
 
 
 OBLIQUE_DEGREES = 30.0

@@ -1,29 +1,34 @@
-"""The node: what listens, what watches, what works and what shows, in one process over one folder."""
+"""The node: what listens, what watches, what works and what shows, in one process over one folder, or in several."""
 
 import fcntl
+import hashlib
 import logging
 import os
+import secrets
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import yaml
 
 from preprocessing.records import BadRecord, decode
 
 from ..errors import UsageError
-from ..package import ModelPackage
-from . import workflow
+from . import rollback, workflow
+from .audit import Refusals
 from .config import Node
+from .desk import Desk
+from .heart import Hearts, Part, Watch
+from .inbox import Inboxes
 from .ledger import open_ledger
 from .listener import Listener
 from .spool import Spool, open_keys
 from .stories import Stories
+from .tracking import Tracking
 from .watcher import Watcher
-from .workflow import Desk
 
 logger = logging.getLogger(__name__)
 
@@ -49,32 +54,38 @@ def read_config(path: Path) -> Node:
         raise UsageError(f"{path.name}: {error}") from None
 
 
-def serve(node: Node) -> None:
-    """Run until somebody stops it; what is under way then goes on at the next start."""
-    import uvicorn
+def serve(node: Node, part: Part = "both") -> None:
+    """Run until somebody stops it; what is under way then goes on at the next start, or in another worker."""
+    enough = threading.Event()
+    with _at_a_signal(enough.set), running(node, part) as desk:  # one that comes early ends it in good order, too
+        if part == "worker":
+            enough.wait()
+        else:
+            _show(desk, enough)
+    # threads may sleep between two tries, or wait for a room: what they know is written down, and nobody waits for them
+    logging.shutdown()
+    os._exit(0)
 
-    from .web import Pages
 
-    with running(node) as desk:
-        pages = Pages(desk, node.showing.users).app()
-        # no access log: a proxy in front keeps one, and addresses of stories need not stand in two places
-        config = uvicorn.Config(
-            pages, host=node.showing.host, port=node.showing.port, log_config=None, access_log=False
-        )
-        server = uvicorn.Server(config)
-        with _stopping(server):
+def _show(desk: Desk, enough: threading.Event) -> None:
+    """The page, until a signal comes."""
+    from . import web
+
+    server: Any = web.server(desk)
+    server.capture_signals = nullcontext
+
+    def end() -> None:
+        server.should_exit = True
+
+    with _at_a_signal(end):
+        if not enough.is_set():
             server.run()
 
 
 @contextmanager
-def _stopping(server: Any) -> Iterator[None]:
+def _at_a_signal(end: Callable[[], None]) -> Iterator[None]:
     """A signal ends the page, and with it the node in good order; uvicorn would let it strike once more, before that."""
-
-    def end(number: int, frame: object) -> None:
-        server.should_exit = True
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
-    server.capture_signals = nullcontext
+    before = {number: signal.signal(number, lambda *_: end()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
@@ -82,31 +93,103 @@ def _stopping(server: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def digest_of(node: Node) -> str:
+    """Of everything the config says: the trail shows when another one came into force."""
+    return hashlib.sha256(repr(node).encode()).hexdigest()
+
+
 @contextmanager
-def running(node: Node) -> Iterator[Desk]:
+def running(node: Node, part: Part = "both") -> Iterator[Desk]:
     """Everything but the page."""
-    _refuse_unfit_packages(node)
-    with _alone_in(node.state):
-        keys, ledger = open_keys(node.state), open_ledger(node.state, node.ledger)
-        spool = Spool(node.state, keys)
-        ledger.reconcile(spool)
-        desk = Desk(node=node, spool=spool, ledger=ledger, stories=Stories(ledger))
-        workflow.start(desk, node.stories or os.environ.get("HILUM_STORIES", ""))
-        listener, enough = Listener(node, spool, ledger), threading.Event()
-        listener.start()
-        watching = threading.Thread(target=_watch, args=(Watcher(desk=desk), enough), name="watcher")
-        watching.start()
-        try:
-            yield desk
-        finally:
-            listener.stop()
-            enough.set()
-            watching.join()
-            workflow.stop()
-            ledger.close()
+    _refuse_to_share_sqlite(node, part)
+    with ExitStack() as ends:
+        if part != "worker":
+            ends.enter_context(_alone_in(node.state))
+        desk = _opened(node)
+        ends.callback(desk.ledger.close)
+        desk.audit.note("start", part=part, config=digest_of(node))
+        ends.callback(desk.audit.note, "stop", part=part)
+        rollback.take_up_all(desk, may_lack=part == "front")
+        if part != "worker":
+            desk.ledger.reconcile(desk.spool)
+            desk.submissions.reconcile()
+        ends.enter_context(_working(desk, part))
+        if part != "worker":
+            ends.enter_context(_receiving(desk))
+        yield desk
 
 
-def _watch(watcher: Watcher, enough: threading.Event) -> None:
+def _opened(node: Node) -> Desk:
+    keys, ledger = open_keys(node.state), open_ledger(node.state, node.ledger)
+    return Desk(node=node, spool=Spool(node.state, keys), ledger=ledger, stories=Stories(ledger))
+
+
+@contextmanager
+def _working(desk: Desk, part: Part) -> Iterator[None]:
+    """Stories are worked on here or begun for others, and those of dead processes are taken over."""
+    hearts = Hearts(ledger=desk.ledger, silent_s=desk.node.working.silent_s)
+    name = _name_of(part)
+    watch = Watch(
+        name=name, part=part, hearts=hearts, holders=workflow.holders, take_over=workflow.take_over, bury=workflow.bury
+    )  # fmt: skip
+    hearts.beat(name, part)  # before it begins anything
+    workflow.start(desk, _address_of_stories(desk.node), executor=name, works=part != "front")
+    logger.info("this process is %s", name)
+    try:
+        with watch.beating():
+            yield
+    finally:
+        workflow.stop()
+        hearts.farewell(name)
+
+
+def _name_of(part: Part) -> str:
+    """The one that is alone in its folder keeps its name and takes up at once what it had begun; workers come and go."""
+    return {"both": "node", "front": "front", "worker": f"worker-{secrets.token_hex(4)}"}[part]
+
+
+LET_GO_SECONDS = 20.0
+"""To stop, all that look finish what they have in hand, but for a tracking store that hangs: MLflow waits twice ten."""
+
+
+@contextmanager
+def _receiving(desk: Desk) -> Iterator[None]:
+    """Studies come in, and are begun once they are whole."""
+    listener, enough = Listener(desk.node, desk.spool, desk.ledger), threading.Event()
+    listener.start()
+    # a thread for each: to copy a large scan must not keep studies waiting
+    watching = [
+        threading.Thread(target=_watch, args=(watcher, enough), name=name, daemon=True)
+        for name, watcher in _watchers(desk).items()
+    ]
+    for thread in watching:
+        thread.start()
+    try:
+        yield
+    finally:
+        listener.stop()
+        enough.set()
+        for thread in watching:
+            thread.join(LET_GO_SECONDS)
+
+
+def _watchers(desk: Desk) -> dict[str, "Looking"]:
+    return {
+        "watcher": Watcher(desk=desk),
+        "inboxes": Inboxes(desk),
+        "refusals": Refusals(desk.audit, desk.ledger.refused),
+        "tracking": Tracking(desk=desk),
+    }
+
+
+@runtime_checkable
+class Looking(Protocol):
+    """Somebody who looks after something, again and again."""
+
+    def look(self) -> None: ...
+
+
+def _watch(watcher: Looking, enough: threading.Event) -> None:
     while not enough.wait(LOOK_SECONDS):
         try:
             watcher.look()
@@ -114,15 +197,17 @@ def _watch(watcher: Watcher, enough: threading.Event) -> None:
             logger.error("looking at studies failed: %s", type(error).__name__)
 
 
-def _refuse_unfit_packages(node: Node) -> None:
-    """Before the first study comes: every byte of a package is checked, and that a route asks for its very channels."""
-    for name, route in node.routes.items():
-        channels = ModelPackage.load(route.package).plan.channels
-        if tuple(route.take) != channels:
-            raise UsageError(
-                f"route {name} takes {', '.join(route.take)}; its package needs the channels {', '.join(channels)}, in that "
-                "order. Name the rules of `take` after them."
-            )
+def _address_of_stories(node: Node) -> str:
+    return node.stories or os.environ.get("HILUM_STORIES", "")
+
+
+def _refuse_to_share_sqlite(node: Node, part: Part) -> None:
+    """Its file locks do not hold over a network, and it lets one process write at a time."""
+    if part != "both" and not ((node.ledger or os.environ.get("HILUM_LEDGER")) and _address_of_stories(node)):
+        raise UsageError(
+            f"--only {part} was given, and ledger or stories is sqlite; several processes need a Postgres for both. Set "
+            "`ledger` and `stories`, or HILUM_LEDGER and HILUM_STORIES where they hold a password."
+        )
 
 
 @contextmanager

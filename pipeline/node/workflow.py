@@ -6,74 +6,48 @@ what fails for good, or too often, ends as a dead letter with its reason, and it
 """
 
 import logging
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from preprocessing import dicom
-
-from .config import Node
-from .ledger import Ledger
-from .nouns import Held, Revision
-from .peers import Line, PeerError, Refused, kept, send
-from .room import Answer, Job, Room
+from . import steps
+from .desk import Desk
+from .ledger import BUSY_SECONDS
 from .routes import Route
-from .rules import Choice, SeriesFacts, choose, facts_of
-from .spool import Spool
-from .stories import Stories, Story
+from .shadow import follow
+from .stories import Story
 
 logger = logging.getLogger(__name__)
 
 QUEUE = "stories"
+SENDING = "sendings"
+"""What is made waits here for its targets: a target that is away, or that takes its time to vouch, holds up no case."""
 
+SENDINGS = 32
+"""At once in a process: each mostly waits for a target's answer, and none for a target that is away."""
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Desk:
-    """Everything that a story needs, in the process that works on it."""
-
-    node: Node
-    spool: Spool
-    ledger: Ledger
-    stories: Stories
-    rooms: list[Room] = field(default_factory=list)
-    """Those that nobody is in just now."""
-
-    @contextmanager
-    def room(self) -> Iterator[Room]:
-        """A room to oneself: one that is open already, else a new one."""
-        try:
-            room = self.rooms.pop()
-        except IndexError:
-            room = Room(int(self.node.working.memory_gb * 1e9))
-        try:
-            yield room
-        finally:
-            self.rooms.append(room)
-
-    def close(self) -> None:
-        """End every room."""
-        while self.rooms:
-            self.rooms.pop().close()
-
-    def folder(self, study: str, revision: int, route: str) -> Path:
-        """Where a story's input is laid out and its results are made."""
-        return self.node.state / "work" / f"{study}-{revision}" / route
-
+POLL_SECONDS = 0.2
+"""Between two looks into a queue: a question of less than a millisecond."""
 
 _desk: Desk | None = None
 """DBOS finds steps by their names; what they work with is this process's own."""
 
 
 def desk() -> Desk:
-    assert _desk is not None, "open_desk comes first"
+    assert _desk is not None, "start comes first"
     return _desk
 
 
-def start(at: Desk, address: str = "", executor: str = "node") -> None:
-    """Begin to work: stories that a killed process left are taken up where they were."""
+def start(at: Desk, address: str = "", executor: str = "node", works: bool = True) -> None:
+    """Begin to work: stories that a killed process of that name left are taken up where they were.
+
+    Without `works` stories are only begun and watched here; others work on them.
+    """
     global _desk
     from dbos import DBOS
     from dbos._serialization import DBOSPortableJSONSerializer  # JSON: the store holds nothing that could run
@@ -84,7 +58,7 @@ def start(at: Desk, address: str = "", executor: str = "node") -> None:
     DBOS(
         config={
             "name": "hilum-node",
-            "system_database_url": address or f"sqlite:///{at.node.state / 'workflows.sqlite'}",
+            "system_database_url": address or _own_store(at.node.state / "workflows.sqlite"),
             "application_version": "1",  # by default a hash of the code: after an upgrade nobody would finish what was begun
             "executor_id": executor,
             "serializer": DBOSPortableJSONSerializer(),
@@ -94,8 +68,17 @@ def start(at: Desk, address: str = "", executor: str = "node") -> None:
         }
     )
     _register()
+    DBOS.listen_queues([QUEUE, SENDING] if works else [])
     DBOS.launch()
-    DBOS.register_queue(QUEUE, worker_concurrency=at.node.working.workers, polling_interval_sec=0.2)
+    DBOS.register_queue(QUEUE, worker_concurrency=at.node.working.workers, polling_interval_sec=POLL_SECONDS)
+    DBOS.register_queue(SENDING, worker_concurrency=SENDINGS, polling_interval_sec=POLL_SECONDS)
+
+
+def _own_store(path: Path) -> str:
+    """The address of an sqlite in which a commit takes a third of the time, and readers do not wait; the file keeps that."""
+    with closing(sqlite3.connect(path, timeout=BUSY_SECONDS)) as connection:
+        connection.execute("PRAGMA journal_mode=WAL")
+    return f"sqlite:///{path}"
 
 
 def stop() -> None:
@@ -110,11 +93,86 @@ def enqueue(story: Story, route: Route) -> None:
     """Have it worked on; once, however often this is called."""
     from dbos import DBOS, SetEnqueueOptions, SetWorkflowID
 
-    with SetWorkflowID(story.id), SetEnqueueOptions(priority=route.priority):
-        DBOS.enqueue_workflow(QUEUE, _registered["story"], story.study, story.revision, story.route)
+    words = (story.study, story.revision, story.route, story.attempt)
+    with SetWorkflowID(story.id), SetEnqueueOptions(priority=story.facts.get("priority", route.priority)):
+        DBOS.enqueue_workflow(QUEUE, _registered["story"], *words)
 
+
+SENT = "~sending"
+"""Behind a story's name, with a number: the workflows of its results' way, each from a pause to the next. No route has such
+a sign in its name."""
+
+
+def holders() -> set[str]:
+    """The processes that have begun something and not ended it."""
+    from dbos import DBOS
+
+    under_way = DBOS.list_workflows(status="PENDING", load_input=False, load_output=False)
+    return {one.executor_id for one in under_way if one.executor_id}
+
+
+def take_over(executor: str) -> int:
+    """What that process had begun goes back into the queues; asked by several at once, it goes there once."""
+    from dbos import DBOS
+
+    return len(DBOS._recover_pending_workflows([executor]))
+
+
+def broken_off(stories: list[Story]) -> list[Story]:
+    """Those of these whose workflow ended without them: by an error of ours, or begun too often by dying processes."""
+    from dbos import DBOS
+
+    names = {story.id: story for story in stories}
+    failed = ["ERROR", "MAX_RECOVERY_ATTEMPTS_EXCEEDED", "CANCELLED"]
+    found = DBOS.list_workflows(status=failed, start_time=_oldest(stories), load_input=False, load_output=False)
+    return [names[name] for name in {one.workflow_id.split(SENT)[0] for one in found} & names.keys()]
+
+
+def _oldest(stories: list[Story]) -> str:
+    """A day before the first of them: their clock and DBOS's are two."""
+    first = min((story.began for story in stories), default=datetime.now(UTC))
+    return (first - timedelta(days=1)).isoformat()
+
+
+def bury() -> int:
+    """What broke off becomes a dead letter, with its input kept: nobody else would ever end it. How many there were."""
+    at = desk()
+    found = broken_off(at.stories.unended())
+    for story in found:
+        at.stories.note(story, "dead", "fault", BROKEN_OFF)
+        logger.error("study %s revision %d on %s broke off", story.study, story.revision, story.route)
+    return len(found)
+
+
+BROKEN_OFF = (
+    "a step failed in a way that no step expects, or a hundred processes ended while they worked on this. The node's log "
+    "names the step; begin it anew when that is mended."
+)
+
+
+def forget(before: datetime) -> int:
+    """Workflows that ended before then, some at a time: stories tell what became of a study, for as long as anybody asks."""
+    from dbos import DBOS
+
+    if _desk is None:  # nothing is worked on in this process
+        return 0
+    over = ["SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_ATTEMPTS_EXCEEDED"]
+    found = DBOS.list_workflows(
+        status=over, completed_before=before.isoformat(), limit=FORGOTTEN_AT_ONCE, load_input=False, load_output=False
+    )
+    if found:
+        DBOS.delete_workflows([one.workflow_id for one in found])
+    return len(found)
+
+
+FORGOTTEN_AT_ONCE = 200
+"""Each minute: more than a node of the fastest kind makes, and a transaction of a tenth of a second."""
 
 _registered: dict[str, Callable[..., Any]] = {}
+
+STEPS: tuple[Callable[..., Any], ...] = (
+    steps.take, steps.segment, steps.put_away, steps.hand_over, steps.prove, steps.end, follow,
+)  # fmt: skip
 
 
 def _register() -> None:
@@ -122,212 +180,153 @@ def _register() -> None:
     from dbos import DBOS
 
     if not _registered:
-        steps = {step.__name__: DBOS.step(name=step.__name__)(step) for step in (take, segment, hand_over, prove, end)}
-        _registered.update(steps)
+        again = {"retries_allowed": True, "max_attempts": STEP_TRIES, "interval_seconds": STEP_PAUSE_SECONDS}
+        _registered.update({step.__name__: DBOS.step(name=step.__name__, **again)(_at_desk(step)) for step in STEPS})
         _registered["story"] = DBOS.workflow(name="story")(_story)
+        _registered["sending"] = DBOS.workflow(name="sending")(_sending)
+        _registered["shadow"] = DBOS.workflow(name="shadow")(_shadow)
 
 
-def _story(study: str, revision: int, route: str) -> str:
+def _at_desk(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step as DBOS calls it: with values that can be written down, and this process's desk."""
+
+    @wraps(step)
+    def work(*words: Any) -> Any:
+        try:
+            return step(desk(), *words)
+        except Exception as error:  # a library's words may quote a header, and DBOS keeps what it is told
+            kind = type(error).__name__
+        logger.error("a step (%s) failed: %s", step.__name__, kind)
+        raise Fault(f"{step.__name__}: {kind}")
+
+    return work
+
+
+class Fault(RuntimeError):
+    """A step met what no step expects: a database that is away, a disk that is full. Only its kind is told."""
+
+
+STEP_TRIES, STEP_PAUSE_SECONDS = 7, 1.0
+"""Of a step that met a fault: pauses of 1, 2, 4 … seconds, a minute in all, as long as a Postgres takes to start anew."""
+
+
+def _story(study: str, revision: int, route: str, attempt: int = 0) -> str:
     """One revision of a study on one route, from its series to its end."""
     words = (study, revision, route)
-    taken = _registered["take"](*words)
-    if taken["refusal"]:
-        return _registered["end"](*words, "refused", taken["code"], taken["refusal"])
+    taken = _registered["take"](*words, attempt)
+    if taken.get("left"):  # somebody holds it, or had it begun anew since it was put into the queue
+        return "left"
+    if taken["ends"]:
+        return _end(words, taken["ends"])
     for case in taken["cases"]:
         reason = _until_done("segment", *words, case)
         if reason:
-            return _registered["end"](*words, reason["state"], reason["code"], reason["words"])
-    for target in taken["targets"]:
-        for step in ("hand_over", "prove"):
-            reason = _until_done(step, *words, target)
-            if reason:
-                return _registered["end"](*words, reason["state"], reason["code"], reason["words"])
-    return _registered["end"](*words, "done", "", "")
+            return _end(words, reason)
+    _enqueue_sending(_Way(words=words, steps=taken["way"]))
+    return "made"
+
+
+def _end(words: tuple[str, int, str], reason: Mapping[str, str]) -> str:
+    return str(_registered["end"](*words, reason["state"], reason["code"], reason["words"]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """How far results have come."""
+
+    words: tuple[str, int, str]
+    steps: list[list[str]]
+    """What is left: a step and what it is about."""
+    tried: int = 0
+    """How often the first of them was tried."""
+    waited: int = 0
+    """How often somebody looked since."""
+    leg: int = 0
+    """A pause ends a workflow and begins the next: nobody's thread sleeps while a target is away."""
+
+
+def _enqueue_sending(way: _Way, pause: float = 0.0) -> None:
+    from dbos import DBOS, SetEnqueueOptions, SetWorkflowID
+
+    study, revision, route = way.words
+    name = str(DBOS.workflow_id).split(SENT)[0]
+    how = SetEnqueueOptions(priority=desk().node.routes[route].priority, delay_seconds=pause or None)
+    with SetWorkflowID(f"{name}{SENT}-{way.leg}"), how:
+        left = (way.steps, way.tried, way.waited, way.leg)
+        DBOS.enqueue_workflow(SENDING, _registered["sending"], study, revision, route, *left)
+
+
+def _sending(
+    study: str, revision: int, route: str, steps: list[list[str]], tried: int = 0, waited: int = 0, leg: int = 0
+) -> str:
+    """What was made of one revision on one route, step by step to its targets, and the end of the story."""
+    words = (study, revision, route)
+    while steps:
+        said = _registered[steps[0][0]](*words, steps[0][1])
+        if said["status"] == "done":
+            steps, tried, waited = steps[1:], 0, 0
+            continue
+        if said["status"] == "wait":
+            _enqueue_sending(
+                _Way(words=words, steps=steps, tried=tried, waited=waited + 1, leg=leg + 1), _patience(waited)
+            )
+            return "waits"
+        working = desk().node.working
+        reason = _given_up(said, tried + 1, working.target_attempts or working.attempts)
+        if reason:
+            return _end(words, reason)
+        pause = working.pause(tried + 1)
+        _enqueue_sending(_Way(words=words, steps=steps, tried=tried + 1, leg=leg + 1), pause)
+        return "tries again later"
+    said = _end(words, {"state": "done", "code": "", "words": ""})
+    if desk().node.routes[route].shadow:
+        _enqueue_shadow(words)
+    return said
+
+
+AFTER_ALL = 10
+"""Behind every route's priority: nobody waits for a shadow."""
+
+
+def _enqueue_shadow(words: tuple[str, int, str]) -> None:
+    from dbos import DBOS, SetEnqueueOptions, SetWorkflowID
+
+    name = str(DBOS.workflow_id).split(SENT)[0]
+    with SetWorkflowID(f"{name}-shadow"), SetEnqueueOptions(priority=AFTER_ALL):
+        DBOS.enqueue_workflow(QUEUE, _registered["shadow"], *words)
+
+
+def _shadow(study: str, revision: int, route: str) -> str:
+    """What another package would have made of it, once the results are where they belong."""
+    return str(_registered["follow"](study, revision, route))
+
+
+LONGEST_PATIENCE_SECONDS = 60.0
+"""Between two looks whether a target has vouched: a look is one row read."""
+
+
+def _patience(looked: int) -> float:
+    return float(min(LONGEST_PATIENCE_SECONDS, 2.0 ** min(looked, 16)))
 
 
 def _until_done(step: str, *words: Any) -> dict[str, str] | None:
     """None once the step succeeded; else why it never will, or did not in so many tries."""
     from dbos import DBOS
 
-    working = desk().node.working
-    for tried in range(1, working.attempts + 1):
-        said = _registered[step](*words)
-        if said["status"] == "done":
-            return None
-        if said["status"] == "never":
-            return {"state": said.get("state", "dead"), "code": said["code"], "words": said["words"]}
-        if tried < working.attempts:
-            DBOS.sleep(working.pause(tried))
-    return {"state": "dead", "code": said["code"], "words": f"{said['words']} Tried {working.attempts} times."}
+    tried = 0
+    while (said := _registered[step](*words))["status"] != "done":
+        tried += 1
+        reason = _given_up(said, tried, desk().node.working.attempts)
+        if reason:
+            return reason
+        DBOS.sleep(desk().node.working.pause(tried))
+    return None
 
 
-DONE = {"status": "done"}
-
-
-def _later(code: str, words: str) -> dict[str, str]:
-    return {"status": "later", "code": code, "words": words}
-
-
-def _never(code: str, words: str, state: str = "dead") -> dict[str, str]:
-    return {"status": "never", "code": code, "words": words, "state": state}
-
-
-# the steps: plain functions of plain values
-
-
-def take(study: str, revision: int, route: str) -> dict[str, Any]:
-    """Which series the route's package is asked about: laid out as links, and why not the others."""
-    at = desk()
-    how, story = at.node.routes[route], _noted(study, revision, route, "choosing")
-    held = at.ledger.held(_revision(study, revision), at.spool)
-    missing = [one for one in held if not one.path.exists()]
-    if missing:
-        words = (
-            f"{len(missing)} of {len(held)} objects are no longer in the spool; all are needed. Send the study again."
-        )
-        return {"cases": [], "targets": [], "refusal": words, "code": "input_gone"}
-    choice = _choice(held, how)
-    _note_choice(story, choice)
-    if choice.refusal:
-        return {"cases": [], "targets": [], "refusal": choice.refusal, "code": "no_series"}
-    folder = at.folder(study, revision, route)
-    cases = [_laid_out(case, list(how.take), folder / "input" / f"case-{n}") for n, case in enumerate(choice.chosen, 1)]
-    return {"cases": cases, "targets": list(how.targets), "refusal": "", "code": ""}
-
-
-def _choice(held: list[Held], how: Route) -> Choice:
-    series, _ = dicom.series_in([one.path for one in held])
-    return choose([facts_of(one) for one in series], how.take, how.prefer)
-
-
-def _note_choice(story: Story, choice: Choice) -> None:
-    """Under keys: what a person typed into a header is not kept."""
-    desk().stories.note(
-        story, "choosing",
-        chosen=[[_told(one) for one in case] for case in choice.chosen],
-        why_not=[_told(one) | {"why_not": reason} for one, reason in choice.why_not],
-    )  # fmt: skip
-
-
-def _told(facts: SeriesFacts) -> dict[str, Any]:
-    return {
-        "series": desk().spool.keys.series(facts.series.uid), "modality": facts.modality, "slices": facts.slices,
-        "direction": facts.direction, "distance_mm": facts.distance_mm,
-    }  # fmt: skip
-
-
-def _laid_out(case: tuple[SeriesFacts, ...], channels: list[str], folder: Path) -> str:
-    """A folder of links: one per channel where there are several, named so that they are brought together."""
-    for channel, facts in zip(channels, case, strict=True):
-        place = folder / channel if len(case) > 1 else folder
-        place.mkdir(parents=True, exist_ok=True)
-        for path in dict.fromkeys(facts.series.paths):
-            link = place / path.name
-            if not link.exists():
-                os.link(path, link)
-    return folder.name
-
-
-def segment(study: str, revision: int, route: str, case: str) -> dict[str, str]:
-    """One case through the route's package, in the room; what is complete is not made again."""
-    at, how = desk(), desk().node.routes[route]
-    story, folder = _noted(study, revision, route, "segmenting"), at.folder(study, revision, route)
-    job = Job(
-        paths=(str(folder / "input" / case),), package=str(how.package), out=str(folder / "results"),
-        settings={"outputs": list(how.outputs), "output_options": how.output_options},
-    )  # fmt: skip
-    with at.room() as room:
-        answer = room.work(job, at.node.working.seconds)
-    logger.info("study %s revision %d on %s: %s %s", study, revision, route, answer.status, answer.code)
-    at.stories.note(story, "segmenting", tries={**story.facts.get("tries", {}), case: asdict(answer)})
-    return _judged(answer)
-
-
-def _judged(answer: Answer) -> dict[str, str]:
-    if answer.status == "done":
-        return DONE
-    if answer.status == "refused":
-        return _never(
-            answer.code, "the scan was refused when it was read; its report in the work folder says why", "refused"
-        )
-    return _later(answer.code, f"the case was not finished ({answer.status}, {answer.code}).")
-
-
-def hand_over(study: str, revision: int, route: str, target: str) -> dict[str, str]:
-    """Every DICOM object of the results to one target. What it has already it takes again and keeps once."""
-    at, story = desk(), _noted(study, revision, route, "sending")
-    paths = _results(study, revision, route)
-    try:
-        sent = send(paths, Line.to(target, at.node))
-    except PeerError as error:
-        return _later("target_away", str(error))
-    except Refused as error:
-        return _never("target_refuses", str(error))
-    known = story.facts.get("sent", {})
-    at.stories.note(
-        story, "sending", sent={**known, target: {"stored": len(sent.stored), "unwanted": len(sent.unwanted)}}
-    )
-    if sent.unwanted:
-        reasons = "; ".join(sorted(set(sent.unwanted.values())))
-        return _never(
-            "target_refuses", f"{target} does not take {len(sent.unwanted)} of {len(paths)} objects: {reasons}."
-        )
-    return DONE
-
-
-def prove(study: str, revision: int, route: str, target: str) -> dict[str, str]:
-    """That the target kept them, by its own word."""
-    at, how = desk(), desk().node.routes[route]
-    story = _noted(study, revision, route, "confirming")
-    if how.proof == "none":
-        return DONE
-    try:
-        missing = _not_kept(_results(study, revision, route), target)
-    except PeerError as error:
-        return _later("target_away", str(error))
-    except Refused as error:
-        return _never("no_proof", str(error))
-    if missing:
-        send(missing, Line.to(target, at.node))
-        return _later("not_kept", f"{target} did not keep {len(missing)} objects; they were sent again.")
-    at.stories.note(story, "confirming", proven={**story.facts.get("proven", {}), target: True})
-    return DONE
-
-
-def _not_kept(paths: list[Path], target: str) -> list[Path]:
-    import pydicom
-
-    at, of_series = desk(), dict[tuple[str, str], dict[str, Path]]()
-    for path in paths:
-        header = pydicom.dcmread(
-            path, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID"]
-        )
-        key = str(header.StudyInstanceUID), str(header.SeriesInstanceUID)
-        of_series.setdefault(key, {})[str(header.SOPInstanceUID)] = path
-    missing = []
-    for (study_uid, series_uid), objects in of_series.items():
-        there = kept(study_uid, series_uid, Line.to(target, at.node))
-        missing += [path for uid, path in objects.items() if uid not in there]
-    return missing
-
-
-def end(study: str, revision: int, route: str, state: Any, code: str, words: str) -> str:
-    """How it ended; the input of what is dead is kept, for another try."""
-    _noted(study, revision, route, state, code, words)
-    logger.info("study %s revision %d on %s ended: %s %s", study, revision, route, state, code)
-    return str(state)
-
-
-def _noted(study: str, revision: int, route: str, state: Any, code: str = "", words: str = "") -> Story:
-    at = desk()
-    return at.stories.note(at.stories.begin(study, revision, route), state, code, words)
-
-
-def _revision(study: str, number: int) -> Revision:
-    found = desk().ledger.revision(study, number)
-    assert found is not None, "a story is begun of a revision that was frozen"
-    return found
-
-
-def _results(study: str, revision: int, route: str) -> list[Path]:
-    return sorted((desk().folder(study, revision, route) / "results").glob("[!.]*/*.dcm"))
+def _given_up(said: Mapping[str, str], tried: int, most: int) -> dict[str, str] | None:
+    """Why a step is not tried again; None where it is."""
+    if said["status"] == "never":
+        return {"state": said["state"], "code": said["code"], "words": said["words"]}
+    if tried < most:
+        return None
+    return {"state": "dead", "code": said["code"], "words": f"{said['words']} Tried {tried} times."}

@@ -49,13 +49,16 @@ def document(
     data: str = "",
     trusted: Sequence[str] = (),
     forms: str = "'none'",
+    calls: str = "",
 ) -> str:
     """A whole page. `body` is HTML already; `pictures` says where images may come from; `data` are blocks of `as_data`,
-    and `trusted` scripts that `script` may take out of them; `forms` says where what is filled in may go."""
+    and `trusted` scripts that `script` may take out of them; `forms` says where what is filled in may go, and `calls` whom
+    the script may ask."""
     style = STYLE + style
     policy = (
         f"default-src 'none'; img-src {pictures}; style-src {_hash(style)}; "
         f"script-src {' '.join(map(_hash, (script, *trusted)))}; base-uri 'none'; form-action {forms}"
+        + (f"; connect-src {calls}" if calls else "")
     )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'

@@ -4,11 +4,13 @@ import ctypes
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +68,13 @@ class Orthanc:
                 time.sleep(0.1)
         raise AssertionError((self.folder / "log").read_text()[-2000:])
 
+    def kill(self) -> None:
+        """As a power cut does it."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
     def stop(self) -> None:
         if self.process:
             self.process.terminate()
@@ -76,3 +85,70 @@ class Orthanc:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(urllib.request.Request(f"{self.rest}/{place}", data=data), timeout=20) as answer:
             return json.loads(answer.read())
+
+    def series(self) -> list[dict]:
+        """Every series it has, with what its headers say."""
+        return [self.ask(f"series/{one}") for one in self.ask("series")]  # type: ignore[misc, attr-defined]
+
+
+class Process:
+    """`hilum node`, or a part of it, with what it says kept."""
+
+    def __init__(self, config: Path, part: str = "", environment: Mapping[str, str] | None = None) -> None:
+        self.config, self.part = config, part
+        self.log = config.with_name(f"{part or 'node'}-{time.monotonic_ns()}.log")
+        self.environment = dict(environment or {})
+        self.process: subprocess.Popen | None = None
+
+    def start(self) -> "Process":
+        root = Path(__file__).parents[3]
+        environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"} | self.environment
+        words = [sys.executable, "-m", "pipeline", "node", "--config", str(self.config)]
+        words += ["--only", self.part] if self.part else []
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
+        return self
+
+    def strike(self, number: signal.Signals) -> None:
+        """A signal, to the process alone."""
+        assert self.process is not None
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        self.strike(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def stop(self) -> int:
+        assert self.process is not None
+        self.process.terminate()
+        return self.process.wait(60)
+
+    def lives(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    def children(self) -> list[int]:
+        """The ids of its rooms."""
+        assert self.process is not None
+        found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(self.process.pid)], capture_output=True, text=True)
+        return [int(line) for line in found.stdout.split()]
+
+    def said(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def name(self) -> str:
+        """What it calls itself; empty as long as it has not said."""
+        _, found, rest = self.said().partition("this process is ")
+        return rest.split()[0] if found and rest.split() else ""
+
+
+def wait_until(holds: Callable[[], object], *processes: Process, seconds: float = 180) -> None:
+    """Until it holds, as long as every process lives."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if holds():
+            return
+        for one in processes:
+            assert one.lives(), one.said()[-3000:]
+        time.sleep(0.1)
+    raise AssertionError("\n".join(one.said()[-3000:] for one in processes))

@@ -16,8 +16,9 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 
+from pipeline.node.admission import Admission
 from pipeline.node.config import Node, Peer, Receiving
 from pipeline.node.ledger import Ledger, open_ledger
 from pipeline.node.listener import Listener
@@ -63,6 +64,39 @@ def a_study(folder: Path, slices: int = 5, series: int = 1, side: int = 32, **sa
         for index in range(slices):
             paths.append(write(folder / f"{number}-{index}.dcm", a_slice(study, one, side=side, seed=index, **said)))
     return paths
+
+
+def an_mr_study(folder: Path, slices: int = 10, side: int = 16, seed: int = 0) -> Path:
+    """A whole small MR series that any package can be asked about: a ball in noise, 3 mm voxels."""
+    study, series, frame = generate_uid(), generate_uid(), generate_uid()
+    noise, centre = np.random.default_rng(seed), np.array([slices, side, side]) / 2
+    ball = np.linalg.norm(np.indices((slices, side, side)) - centre[:, None, None, None], axis=0) < slices / 3
+    voxels = (noise.normal(100, 10, ball.shape) + 200 * ball).astype(np.uint16)
+    for index in range(slices):
+        said: dict[str, Any] = {
+            "SOPClassUID": MRImageStorage, "Modality": "MR", "FrameOfReferenceUID": frame, "PixelRepresentation": 0,
+            "ImageType": ["ORIGINAL", "PRIMARY", "OTHER"], "ImageOrientationPatient": [1, 0, 0, 0, 1, 0],
+            "ImagePositionPatient": [0, 0, 3 * index], "PixelSpacing": [3, 3], "SliceThickness": 3,
+            "InstanceNumber": index + 1, "StudyDate": "20200101", "StudyTime": "120000", "AccessionNumber": "",
+            "PatientSex": "", "PatientBirthDate": "", "StudyID": "1", "SeriesNumber": 1, "ReferringPhysicianName": "",
+            "PositionReferenceIndicator": "", "Manufacturer": "Nobody", "ScanningSequence": "GR", "SequenceVariant": "NONE",
+            "ScanOptions": "", "MRAcquisitionType": "3D", "EchoTime": 1, "EchoTrainLength": 1, "RepetitionTime": 2,
+        }  # fmt: skip
+        data = a_slice(study, series, side=side, **said)
+        data.PixelData = voxels[index].tobytes()
+        write(folder / f"{index:03d}.dcm", data)
+    return folder
+
+
+def receive(at: Any, paths: Sequence[Path], source: str = "scanner") -> str:
+    """As the doors do it, one object after the other, without a network; the key of their study."""
+    admission = Admission(at.node, at.spool, at.ledger)
+    for path in paths:
+        meta = pydicom.dcmread(path, stop_before_pixels=True).file_meta
+        part = at.spool.begin(meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID, meta.TransferSyntaxUID)
+        part.write(path.read_bytes()[144 + meta.FileMetaInformationGroupLength :])
+        arrival = admission.take(part, source)
+    return str(arrival.place.study)
 
 
 def write(path: Path, data: Dataset) -> Path:

@@ -108,11 +108,11 @@ def test_an_archive_vouches_for_what_it_has_and_for_nothing_else(archive: Orthan
     server = listener.start_server(("127.0.0.1", 11113), block=False, evt_handlers=[(evt.EVT_N_EVENT_REPORT, answered)])
     try:
         kind = "1.2.840.10008.5.1.4.1.1.2"
-        number = ask_commitment([*((kind, uid) for uid in sorted(uids(whole))), (kind, "1.2.3.999")], DIMSE)
+        ask_commitment([*((kind, uid) for uid in sorted(uids(whole))), (kind, "1.2.3.999")], DIMSE, "1.2.3.4.5.6")
         assert there.wait(30)
     finally:
         server.shutdown()
-    assert told[0].TransactionUID == number
+    assert told[0].TransactionUID == "1.2.3.4.5.6"
     assert {one.ReferencedSOPInstanceUID for one in told[0].ReferencedSOPSequence} == uids(whole)
     assert [one.ReferencedSOPInstanceUID for one in told[0].FailedSOPSequence] == ["1.2.3.999"]
 

@@ -1,16 +1,23 @@
 """The room in which scans are decoded: what happens in it stays in it."""
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pipeline.claims import at_work
 from pipeline.node.room import Answer, Job, Room
+
+from .scanner import REPOSITORY, until
 
 pytestmark = pytest.mark.slow
 
@@ -111,3 +118,43 @@ def test_no_password_of_the_node_reaches_the_room(
         assert b"secret" not in surroundings and b"PATH=" in surroundings
     finally:
         room.close()
+
+
+def test_a_case_that_another_still_works_on_is_waited_for(
+    room: Room, tiny: Path, scan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    job, answers = a_job(tiny, tmp_path / "out", scan_file(tmp_path / "a.nii.gz")), []
+    waiting = threading.Thread(target=lambda: answers.append(room.work(job, 240)))
+    with at_work(tmp_path / "out"):
+        waiting.start()
+        waiting.join(20)  # as long as a job takes where nobody is in its way
+        assert answers == []
+    waiting.join()
+    assert answers == [Answer(status="done", folders=("a",))]
+
+
+NODE = """
+import json, sys
+from pipeline.node.room import Job, Room
+room = Room(memory_bytes=1_000_000_000)
+job = json.loads(sys.argv[1])
+child = room._opened()
+print(child.pid, flush=True)
+room.work(Job(**job | {"paths": tuple(job["paths"])}), 600)
+"""
+
+
+def test_a_room_ends_with_its_node_however_that_ends_and_whatever_it_does(
+    tiny: Path, scan_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    job = a_job(tiny, tmp_path / "out", scan_file(tmp_path / "a.nii.gz"))
+    words = [sys.executable, "-c", NODE, json.dumps(asdict(job))]
+    with at_work(tmp_path / "out"):  # so that its case would take for ever
+        with subprocess.Popen(words, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as node:
+            assert node.stdout is not None
+            child = Path("/proc") / node.stdout.readline().strip()
+            assert until(lambda: "libtorch" in (child / "maps").read_text(), 120), "it has begun"
+            node.kill()
+        assert until(lambda: not child.exists(), 60)

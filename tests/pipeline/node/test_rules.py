@@ -54,6 +54,8 @@ def test_each_thing_it_is_not_is_said_by_itself(values: dict, reason: str):
 def test_a_reason_never_holds_what_a_person_typed_into_the_header():
     named = made_up(description="MUELLER^HANS 1950", slices=3)
     assert "MUELLER" not in " ".join(LIVER.unmet(named)) + repr(named)
+    odd = made_up(modality="MUELLER")  # of a sender that keeps no list
+    assert "modality unknown, not CT" in LIVER.unmet(odd) and "MUELLER" not in repr(odd)
 
 
 def test_among_several_the_one_with_most_slices_or_the_thinnest_is_taken_and_the_other_told():
