@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import Distribution, distributions
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -72,7 +72,8 @@ class _Installed:
     said: dict[str, Any]
 
     @classmethod
-    def read(cls, one: Distribution) -> "_Installed":
+    def read(cls, one: Any) -> "_Installed":
+        """Of importlib's, or of the package that takes its place once some library has loaded it."""
         said = one.metadata.json
         return cls(name=str(said["name"]), version=str(said["version"]), said=said)
 

@@ -82,9 +82,9 @@ class Working:
     seconds: float = 3600.0
     """How long a case may take."""
     attempts: int = 5
-    """How often anything is tried before it is a dead letter."""
-    target_attempts: int | None = None
-    """The same for targets, where it is not the same: 20 are eleven hours, by the pauses here, for an archive that is away."""
+    """How often anything else is tried before it is a dead letter."""
+    target_attempts: int = 20
+    """How often a target is tried: 20 are eleven hours, by the pauses here, for an archive that is away in the night."""
     first_pause_s: float = 10.0
     """Before the second try; before each further one twice as long."""
     longest_pause_s: float = 3600.0

@@ -272,7 +272,7 @@ def _sending(
             )
             return "waits"
         working = desk().node.working
-        reason = _given_up(said, tried + 1, working.target_attempts or working.attempts)
+        reason = _given_up(said, tried + 1, working.target_attempts)
         if reason:
             return _end(words, reason)
         pause = working.pause(tried + 1)

@@ -96,7 +96,7 @@ def hospital(
             **{name: {"aet": name.upper(), "host": "127.0.0.1", "port": port} for name, port in PEERS.items()},
         },
         "waiting": {"quiet_s": 0.5, "settled_s": 0.3, "cap_s": 60},
-        "working": {"first_pause_s": 0.1, "attempts": 2},
+        "working": {"first_pause_s": 0.1, "attempts": 2, "target_attempts": 2},
         "routes": {"brain": {
             "package": str(tiny), "before": str(make_package(home / "before", fold=1).folder),
             "take": {"mr": {"modality": ["MR"]}}, "targets": ["archive"], "proof": "none",

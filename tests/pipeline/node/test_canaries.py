@@ -127,7 +127,7 @@ def house(archive: Orthanc, tiny: Path, tmp_path: Path) -> Iterator[House]:
         "receiving": {"aet": "HILUM", "port": 11112, "reserve_gb": 0.01},
         "peers": {"archive": {"aet": "ORTHANC", "host": "127.0.0.1", "port": 14242}},
         "waiting": {"quiet_s": 1.5, "settled_s": 0.3, "cap_s": 3, "ask_every_s": 0.5},
-        "working": {"first_pause_s": 0.2, "attempts": 2, "seconds": 120},
+        "working": {"first_pause_s": 0.2, "attempts": 2, "target_attempts": 2, "seconds": 120},
         "routes": {
             "brain": route | {"targets": ["archive"], "shadow": str(tiny)},
             "picky": route | {"take": {"mr": {"description": "liver", "part": "echo 2"}}},

@@ -51,7 +51,7 @@ def config(tiny: Path, tmp_path: Path) -> Path:
         "receiving": {"aet": "HILUM", "port": 11112, "reserve_gb": 0.1},
         "peers": {"scanner": {"aet": "SCANNER"}, "archive": {"aet": "ORTHANC", "host": "127.0.0.1", "port": 14242}},
         "waiting": {"quiet_s": 5.0, "settled_s": 0.5},  # a busy machine pauses in the middle of a study
-        "working": {"first_pause_s": 0.3, "attempts": 40, "longest_pause_s": 3, "silent_s": 3.0},
+        "working": {"first_pause_s": 0.3, "attempts": 40, "target_attempts": 40, "longest_pause_s": 3, "silent_s": 3.0},
         "routes": {"brain": {
             "package": str(tiny), "take": {"mr": {"modality": ["MR"], "least_slices": 10}},
             "outputs": ["dicom_seg", "secondary_capture"], "targets": ["archive"], "folder": str(tmp_path / "results"),

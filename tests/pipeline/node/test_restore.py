@@ -32,7 +32,7 @@ def config_of(folder: Path, package: Path) -> Path:
         "receiving": {"reserve_gb": 0.1},
         "peers": {"scanner": {"aet": "SCANNER"}, "archive": {"aet": "ORTHANC", "host": "127.0.0.1", "port": 14242}},
         "waiting": {"quiet_s": 1.0, "settled_s": 0.5, "cap_s": 60},
-        "working": {"first_pause_s": 0.5, "attempts": 100, "longest_pause_s": 1},
+        "working": {"first_pause_s": 0.5, "attempts": 100, "target_attempts": 100, "longest_pause_s": 1},
         "routes": {"brain": {"package": str(package), "take": {"mr": {}}, "outputs": ["dicom_seg"], "targets": ["archive"]}},
         "showing": {"port": 18080},
     }  # fmt: skip
