@@ -195,6 +195,7 @@ def test_a_result_that_is_given_is_filled_in_its_own_type_by_the_product_that_is
         assert source == (target[0], columns, target[2]) and target[1] == rows
 
 
+@pytest.mark.slow
 def test_the_kernel_goes_slab_by_slab_where_a_scan_is_large():
     """In a process of its own: Triton decides at its start whether kernels are interpreted."""
     program = (

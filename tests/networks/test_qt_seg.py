@@ -292,6 +292,7 @@ def test_the_network_is_exported_whole(patch) -> None:
     torch.testing.assert_close(exported(x), network(x))
 
 
+@pytest.mark.slow
 def test_the_network_is_compiled_whole() -> None:
     # in a process of its own: the checks of shapes in signatures, which only tests have, draw random numbers
     subprocess.run([sys.executable, "-c", COMPILED], check=True, cwd=Path(qt_seg.__file__).parents[1])

@@ -43,6 +43,7 @@ def test_attention_counts_as_much_as_its_plain_form(kernel, arguments) -> None:
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 def test_show_prints_every_network(capsys: pytest.CaptureFixture[str], tmp_path: Path, make_plan) -> None:
     make_plan().write(tmp_path / "plan.yaml")
     assert main(["show", "networks", "--plan", str(tmp_path / "plan.yaml")]) == 0

@@ -374,6 +374,7 @@ def test_the_picture_of_a_repaired_scan_says_that_it_was_repaired() -> None:
     assert lines == [False, True]
 
 
+@pytest.mark.slow
 def test_a_hundred_labels_all_stand_in_the_legend() -> None:
     found = np.arange(105, dtype=np.uint8)[None, None].repeat(2, 0).repeat(2, 1)
     table = tuple(Label(value=v, name=f"rib_{v}", colour=(v, 255 - v, 128)) for v in range(1, 105))

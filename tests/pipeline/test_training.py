@@ -170,6 +170,7 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> Non
     assert path.exists(), f"{path.name} never came; exit code {process.poll()}"
 
 
+@pytest.mark.slow
 def test_killed_twice_and_resumed_a_training_ends_as_if_nothing_had_happened(
     dataset: Path, undisturbed: Path, store: str, tmp_path: Path
 ) -> None:

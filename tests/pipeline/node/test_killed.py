@@ -14,15 +14,12 @@ from pipeline.node.spool import Spool, hash_of, open_keys
 
 from .scanner import a_node, a_process, a_study, free_port, read
 
+pytestmark = pytest.mark.slow  # processes are started and killed all the time
+
 
 def test_what_was_acknowledged_outlives_kills_at_random_moments(tmp_path: Path) -> None:
-    acknowledged = _killed_often(tmp_path, kills=6, slices=40)
+    acknowledged = _killed_often(tmp_path, kills=15, slices=60)
     assert acknowledged, "no object was ever acknowledged: the test tested nothing"
-
-
-@pytest.mark.slow
-def test_what_was_acknowledged_outlives_many_more_kills(tmp_path: Path) -> None:
-    assert _killed_often(tmp_path, kills=15, slices=60)
 
 
 def _killed_often(folder: Path, kills: int, slices: int) -> set[str]:

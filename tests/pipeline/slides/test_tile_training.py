@@ -103,6 +103,7 @@ def test_the_package_names_the_class_of_every_tile_of_a_new_slide(trained, tmp_p
     assert (answered.predicted[clear] == np.where(classes[clear] > 0, 0, 1)).mean() > 0.85
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_a_resumed_training_ends_there_too(trained, tmp_path) -> None:
     package, features, labels = trained
     settings = dict(QUICK, tracking_uri=f"sqlite:///{tmp_path / 'runs.db'}")
