@@ -19,7 +19,7 @@ from pipeline.claims import Claims, at_work
 from pipeline.cluster import DEATHS, Cluster, Worker, _Crew, _go_through
 from pipeline.config import Segment
 from pipeline.errors import UsageError
-from pipeline.results import Handed, Row
+from pipeline.results import SKIPPED, Handed, Row
 
 from .test_batch import ScanFile, run, told_by
 
@@ -258,8 +258,10 @@ def test_a_node_that_is_killed_costs_the_cases_it_had_in_hand(
             nodes.stdin.write("kill\n")
             nodes.stdin.flush()
     assert driver.wait(120) == 0, "".join(others)
-    done = Counter(event["case"] for event in events if event["event"] == "case" and event["status"] == "done")
-    assert done == {f"case{seed}": 1 for seed in range(8)}
+    told = [(event["case"], event["status"]) for event in events if event["event"] == "case"]
+    assert Counter(case for case, _ in told) == {f"case{seed}": 1 for seed in range(8)}
+    # a case that was written whole when its node died, and not yet told of, is found complete by the next
+    assert {status for _, status in told} <= {"done", SKIPPED}
     assert {path.name for path in out.glob(".*")} == {".lock"}
     driver.stderr.close()
 

@@ -292,7 +292,8 @@ def test_killed_at_many_random_moments_a_training_ends_as_if_nothing_had_happene
     rng = np.random.default_rng(20261121)
     kills = 0
     workshop = tmp_path / "broken.training" / "fold0"
-    while kills < 12:
+    most = 20 if os.environ.get("HILUM_LONG") else 5
+    while kills < most:
         resumed = ("--resume",) if (workshop / "job.json").exists() else ()
         with subprocess.Popen(command(dataset, broken, store, *longer, *resumed), env=environment) as process:
             if kills % 4:  # a quarter of the times while it still prepares, else some steps after it goes on
@@ -303,7 +304,7 @@ def test_killed_at_many_random_moments_a_training_ends_as_if_nothing_had_happene
             except subprocess.TimeoutExpired:
                 process.kill()
         kills += 1
-    assert kills >= 10, "it must be killed often to say anything"
+    assert kills >= most - 2, "it must be killed often to say anything"
     if not broken.exists():
         subprocess.run(command(dataset, broken, store, *longer, "--resume"), env=environment, check=True)
     assert_equal_to_the_bit(broken, whole)
