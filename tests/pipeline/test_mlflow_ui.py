@@ -33,6 +33,7 @@ FLAGS = [
 ]  # fmt: skip
 
 pytestmark = [
+    pytest.mark.slow,  # a browser
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)"),
     pytest.mark.skipif(not HAS_PLAYWRIGHT, reason="playwright is not installed (pip install playwright)"),

@@ -36,6 +36,7 @@ BLUE, ORANGE = (0, 114, 178), (230, 159, 0)
 SHAPE = (15, 18, 12)
 
 pytestmark = [
+    pytest.mark.slow,  # a browser
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)"),
     pytest.mark.skipif(not HAS_PLAYWRIGHT, reason="playwright is not installed (pip install playwright)"),

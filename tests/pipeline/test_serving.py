@@ -20,6 +20,8 @@ from pipeline.serving import Served, paths
 from pipeline.tracking import open_run
 from tests.pipeline.servers import REPOSITORY, free_port, serving, stop
 
+pytestmark = pytest.mark.slow  # a server and processes
+
 ELSEWHERE = """
 import json, pickle, sys
 

@@ -245,6 +245,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(
         assert_equal_to_the_bit(tmp_path / "other", undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("average", [0.0, 0.9])
 def test_stopped_in_the_middle_of_an_epoch_it_goes_on_at_the_next_step(
     dataset: Path, undisturbed: Path, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, average: float
@@ -382,6 +383,7 @@ def test_stopped_between_package_and_registry_a_training_only_registers(
     assert not (tmp_path / "package.training").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_a_stopped_training_says_so_and_keeps_what_it_needs_to_go_on(
     dataset: Path, store: str, tmp_path: Path, number: signal.Signals

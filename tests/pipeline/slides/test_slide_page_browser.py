@@ -26,6 +26,7 @@ PICTURE = png(Image.new("RGB", (300, 200)))
 EVIL = ("<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onload='x", "</script><b>")
 
 pytestmark = [
+    pytest.mark.slow,  # a browser
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (apt install chromium)"),
     pytest.mark.skipif(not HAS_PLAYWRIGHT, reason="playwright is not installed (pip install playwright)"),
