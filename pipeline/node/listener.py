@@ -316,23 +316,21 @@ class _Connection(RequestHandler):
         return _status(0x0000)
 
     def _commit(self, event: Event) -> tuple[Dataset, None]:
-        try:
-            self._listener.commitments.ask(event.action_information, self.source)
-        except Refused as refused:
-            return self._refused_with(refused.reason), None
-        except Exception as error:  # a data set of a caller's making can be wrong in any way
-            logger.error("a request for commitment was not kept (%s)", type(error).__name__)
-            return self._refused_with(NOT_UNDERSTOOD), None
-        return _status(0x0000), None
+        asked = self._listener.commitments.ask
+        return self._taken(lambda: asked(event.action_information, self.source), "a request for commitment")
 
     def _hear(self, event: Event) -> tuple[Dataset, None]:
         """A target's answer whether it keeps our results."""
+        hear = self._listener.vouchings.hear
+        return self._taken(lambda: hear(event.event_information, self.source), "an answer about commitment")
+
+    def _taken(self, take: Callable[[], None], what: str) -> tuple[Dataset, None]:
         try:
-            self._listener.vouchings.hear(event.event_information, self.source)
+            take()
         except Refused as refused:
             return self._refused_with(refused.reason), None
         except Exception as error:  # a data set of a caller's making can be wrong in any way
-            logger.error("an answer about commitment was not kept (%s)", type(error).__name__)
+            logger.error("%s was not kept (%s)", what, type(error).__name__)
             return self._refused_with(NOT_UNDERSTOOD), None
         return _status(0x0000), None
 

@@ -19,9 +19,9 @@ import yaml
 from pipeline.node.access import hashed
 from pipeline.package import ModelPackage
 
-from .hospital import network_of_its_own
+from .hospital import Process, network_of_its_own
 from .scanner import an_mr_study
-from .test_service import NodeProcess, until
+from .test_service import metrics, until
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 PATIENCE_MS = 60_000
@@ -72,7 +72,7 @@ class Target:
 class Hospital:
     """A node whose archive is away, a workstation that is there, and a scanner."""
 
-    node: NodeProcess
+    node: Process
     archive: Target
     workstation: Target
 
@@ -81,7 +81,7 @@ class Hospital:
         assert subprocess.run(words, capture_output=True).returncode == 0
 
     def wait(self, words: str, seconds: float = 120) -> None:
-        until(lambda: re.search(words, self.node.told()), self.node, seconds)
+        until(lambda: re.search(words, metrics()), self.node, seconds)
 
 
 @pytest.fixture(scope="module")
@@ -110,12 +110,12 @@ def hospital(
     }  # fmt: skip
     config = home / "node.yaml"
     config.write_text(yaml.safe_dump(said))
-    node = NodeProcess(config)
+    node = Process(config)
     targets = {name: Target(name, home / name) for name in PEERS}
     targets["workstation"].start()
     node.start()
     try:
-        until(node.told, node)
+        until(metrics, node)
         yield Hospital(node=node, **targets)
     finally:
         node.stop()

@@ -1,10 +1,7 @@
 """The node as a hospital runs it: one process, Debian's Orthanc as the archive, dcmtk as those who ask the archive."""
 
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -18,7 +15,7 @@ import pytest
 import yaml
 
 from ..dciodvfy import errors_in
-from .hospital import Orthanc, network_of_its_own
+from .hospital import Orthanc, Process, network_of_its_own
 
 PAGE = "http://127.0.0.1:18080"
 
@@ -67,33 +64,6 @@ def study(shared: Path) -> list[Path]:
     return sorted((shared / "data/zoo/dicom_ibsi_STS019_MR_T1/image").iterdir())
 
 
-class NodeProcess:
-    """`hilum node`, with what it says kept."""
-
-    def __init__(self, config: Path) -> None:
-        self.config, self.log = config, config.with_name("node.log")
-        self.process: subprocess.Popen | None = None
-
-    def start(self) -> None:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3]), "OMP_NUM_THREADS": "1"}
-        with self.log.open("ab") as log:
-            words = [sys.executable, "-m", "pipeline", "node", "--config", str(self.config)]
-            self.process = subprocess.Popen(words, stdout=log, stderr=log, env=environment)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait()
-
-    def stop(self) -> int:
-        assert self.process is not None
-        self.process.terminate()
-        return self.process.wait(60)
-
-    def told(self) -> str:
-        return metrics()
-
-
 def metrics() -> str:
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
@@ -103,7 +73,7 @@ def metrics() -> str:
         return ""
 
 
-def until(holds: object, node: NodeProcess, seconds: float = 120) -> None:
+def until(holds: object, node: Process, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if holds():  # type: ignore[operator]
@@ -151,7 +121,7 @@ def test_what_an_archive_sends_comes_back_into_it_vouched_for_and_lies_right(
     for path in study:
         archive.ask("instances", path.read_bytes())
     (series,) = archive.ask("series")  # type: ignore[misc]
-    node = NodeProcess(config)
+    node = Process(config)
     node.start()
     try:
         until(metrics, node)
